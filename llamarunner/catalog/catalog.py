@@ -1,0 +1,128 @@
+"""Which models exist: `Model`, and `Catalog` that finds one by what a client calls it. Reads no files itself."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llamarunner.config.schema import ModelSettings
+from llamarunner.errors import ModelNotFoundError
+
+
+class Capability(StrEnum):
+    """In Ollama's words, which are the finest of the dialects'."""
+
+    COMPLETION = "completion"
+    TOOLS = "tools"
+    INSERT = "insert"
+    VISION = "vision"
+    EMBEDDING = "embedding"
+    THINKING = "thinking"
+    AUDIO = "audio"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDetails:
+    """What a GGUF header says, in the form that APIs and panes show. `gguf.py` makes it."""
+
+    architecture: str = ""  # general.architecture: "llama"
+    parameter_count: int = 0
+    parameter_size: str = ""  # "135M", "8.2B"
+    quantization: str = ""  # "Q4_K_M"
+    context_length: int = 0  # trained for
+    embedding_length: int = 0
+    block_count: int = 0
+    chat_template: str = ""
+    basename: str = ""
+    capabilities: frozenset[Capability] = frozenset()
+    metadata: Mapping[str, Any] | None = None  # every key/value but long arrays (None in their place)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something that could run. `problem` says why it cannot ("" if it can), `hint` what would help."""
+
+    name: str
+    path: Path
+    settings: ModelSettings
+    details: ModelDetails = ModelDetails()
+    mmproj: Path | None = None
+    aliases: tuple[str, ...] = ()
+    size_bytes: int = 0
+    modified_at: float = 0.0  # unix time
+    source: str = "config"  # or the folder it was found in
+    problem: str = ""
+    hint: str = ""
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        found = self.details.capabilities
+        if self.settings.embeddings:
+            found |= {Capability.EMBEDDING}
+        if self.mmproj is not None:
+            found |= {Capability.VISION}
+        return found
+
+    @property
+    def is_embedding_only(self) -> bool:
+        return Capability.EMBEDDING in self.capabilities and Capability.COMPLETION not in self.capabilities
+
+    @property
+    def context(self) -> int:
+        """Tokens each request gets: the configured number, within what the model was trained for."""
+        trained, wanted = self.details.context_length, self.settings.context
+        if not wanted:
+            return trained or 4096
+        return min(wanted, trained) if trained else wanted
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hex digits that stay the same while the file does; not a hash of its content, which may be 100 GB."""
+        identity = f"{self.path}\0{self.size_bytes}\0{self.modified_at}"
+        return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _key(name: str) -> str:
+    """Names are compared without case and without Ollama's default tag."""
+    return name.strip().removesuffix(":latest").casefold()
+
+
+class Catalog:
+    """Immutable; a change on disk or in the configuration makes a new one.
+
+    Where two models claim one name, the earlier keeps it: give those of the configuration first.
+    """
+
+    def __init__(self, models: Iterable[Model] = ()) -> None:
+        self._models: dict[str, Model] = {}
+        self._names: dict[str, Model] = {}
+        for model in models:
+            if _key(model.name) in self._names:
+                continue
+            self._models[model.name] = model
+            self._names[_key(model.name)] = model
+        for model in self._models.values():
+            for alias in model.aliases:
+                self._names.setdefault(_key(alias), model)
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def get(self, name: str) -> Model | None:
+        return self._names.get(_key(name))
+
+    def find(self, name: str) -> Model:
+        """The model a client means by `name`. Raises ModelNotFoundError, with the nearest name there is."""
+        if model := self.get(name):
+            return model
+        near = difflib.get_close_matches(_key(name), self._names, n=1, cutoff=0.5)
+        raise ModelNotFoundError(name, self._names[near[0]].name if near else "")

@@ -1,0 +1,258 @@
+"""The shape of config.toml: one source for validation, defaults, JSON Schema and the example.
+
+Every key here does something. A section with no keys yet is the settled place for what will come.
+Model tables arrive here whole: `load.py` has merged `[defaults]`, `inherits`, the profile and the environment before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, model_validator
+
+from llamarunner.units import parse_duration, parse_size
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def _duration(value: object) -> object:
+    """Seconds; a bare number is seconds already."""
+    if isinstance(value, str):
+        value = parse_duration(value)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError('a duration such as "30s" or "5m" is wanted')
+    if value < 0:
+        raise ValueError("a duration cannot be negative here")
+    return float(value)
+
+
+def _keep_alive(value: object) -> object:
+    """As a duration, and any negative one is for ever."""
+    if isinstance(value, str):
+        value = parse_duration(value)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError('a duration such as "5m", 0 (unload at once) or -1 (never unload) is wanted')
+    return math.inf if value < 0 else float(value)
+
+
+def _size(value: object) -> object:
+    if isinstance(value, str):
+        return parse_size(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError('a size such as "64MiB" is wanted')
+    return value
+
+
+def expand_variables(text: str) -> str:
+    """`${VAR}` and `${VAR:-default}` from the environment. Raises ValueError for a variable that is not set."""
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.groups()
+        found = os.environ.get(name, default)
+        if found is None:
+            raise ValueError(f"the environment variable {name} is not set")
+        return found
+
+    return _VARIABLE.sub(replace, text)
+
+
+def _path(value: object, info: ValidationInfo) -> object:
+    """`~`, `${VAR}`; a relative path counts from the configuration file's folder (validation context "base")."""
+    if not isinstance(value, str | Path):
+        raise ValueError("a path is wanted")
+    if not str(value).strip():
+        raise ValueError("the path is empty")
+    path = Path(expand_variables(str(value))).expanduser()
+    base = (info.context or {}).get("base")
+    return path if path.is_absolute() or base is None else Path(base) / path
+
+
+def _expanded(value: object) -> object:
+    return expand_variables(value) if isinstance(value, str) else value
+
+
+Duration = Annotated[float, BeforeValidator(_duration)]
+KeepAlive = Annotated[float, BeforeValidator(_keep_alive)]
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+ConfigPath = Annotated[Path, BeforeValidator(_path)]
+Expanded = Annotated[str, BeforeValidator(_expanded)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+FlagValue = bool | int | float | str | list[str | int | float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ServerConfig(Section):
+    host: str = "127.0.0.1"
+    """Address both proxies listen on. Anything but loopback needs an api_key on each proxy, or allow_unauthenticated."""
+    allow_unauthenticated: bool = False
+    """Let anyone who can reach a non-loopback address use the models without a key."""
+    drain: Duration = 30.0
+    """On stop, how long running answers may go on before they are ended."""
+    max_body: Size = 64 * 1024**2
+    """Largest request body; a larger one is refused with 413."""
+
+
+class ProxyConfig(Section):
+    enabled: bool = True
+    """Serve this dialect."""
+    host: str | None = None
+    """Address to listen on, in place of server.host."""
+    port: Port = 0
+    """Port to listen on; 0 takes any free one."""
+    api_key: SecretStr | None = None
+    """Demand this key as `Authorization: Bearer` or `x-api-key`."""
+    allowed_hosts: list[str] = []
+    """Further names clients may call this machine by (the Host header); localhost, its addresses and its own name
+    always work."""
+    cors_origins: list[str] = []
+    """Web origins whose pages may call this proxy from a browser ("https://chat.example"; "*" for any)."""
+
+
+class OllamaProxyConfig(ProxyConfig):
+    port: Port = 11434
+
+
+class LMStudioProxyConfig(ProxyConfig):
+    port: Port = 1234
+
+
+class ProxiesConfig(Section):
+    ollama: OllamaProxyConfig = OllamaProxyConfig()
+    lmstudio: LMStudioProxyConfig = LMStudioProxyConfig()
+
+
+class EngineConfig(Section):
+    kind: Literal["auto", "llama-server", "builtin"] = "auto"
+    """auto: `command` where it is found, else the built-in llama.cpp. llama-server: `command` or nothing.
+    builtin: the llama.cpp of the `builtin` extra."""
+    command: Expanded = "llama-server"
+    """The program, by name on PATH or by path (llama-server or a fork of it)."""
+    args: list[Expanded] = []
+    """Arguments put before all others."""
+    env: dict[str, Expanded] = {}
+    """Environment variables for its processes."""
+
+
+class ModelSettings(Section):
+    """What `[defaults]` and each `[models.NAME]` may both set."""
+
+    engine: str = "default"
+    """The [engines.NAME] that runs it."""
+    context: Annotated[int, Field(ge=0)] = 8192
+    """Tokens of context for each request; 0, or more than the model was trained for, is the model's own."""
+    gpu_layers: Annotated[int, Field(ge=0)] | Literal["all", "auto"] = "auto"
+    """Layers to put on the GPU: a number, "all", or "auto" (as many as fit)."""
+    parallel: Annotated[int, Field(ge=1, le=256)] = 1
+    """Requests answered side by side; each has the whole `context`."""
+    keep_alive: KeepAlive = 300.0
+    """How long a model nobody uses stays loaded; 0 unloads at once, -1 never. A request's own keep_alive wins."""
+    pin: bool = False
+    """Once loaded, never unload to make room or for idleness."""
+    load_timeout: Duration = 300.0
+    """A load that shows no progress for this long has failed."""
+    chat_template: str | None = None
+    """A template llama.cpp knows by name ("chatml"), or the path of a .jinja file; the model's own otherwise."""
+    embeddings: bool | None = None
+    """Serve embeddings as well. Unset: only for models made for them."""
+    flags: dict[str, FlagValue] = {}
+    """Any further flag of the engine by its long name without dashes; true gives the bare flag, false leaves it out,
+    a list repeats it."""
+    env: dict[str, Expanded] = {}
+    """Environment variables for its process, over the engine's."""
+
+
+class ModelConfig(ModelSettings):
+    path: ConfigPath
+    """The .gguf file (of a split model, the first part)."""
+    mmproj: ConfigPath | None = None
+    """The projector of a vision or audio model."""
+    aliases: list[str] = []
+    """Further names it answers to."""
+
+
+class DiscoveryConfig(Section):
+    folders: list[ConfigPath] = [Path("~/models").expanduser()]
+    """Folders whose .gguf files (at any depth) are models under their file's name. One that is missing is no error."""
+
+
+class SchedulerConfig(Section):
+    max_loaded: Annotated[int, Field(ge=1)] = 1
+    """Models loaded at once; another one is loaded once an idle one has left."""
+    max_queue: Annotated[int, Field(ge=1)] = 512
+    """Requests that may wait for a model; one more is refused with 503."""
+
+
+class TuiConfig(Section):
+    theme: str = "llamarunner"
+    """A theme by name: one of themes/, of the `themes` folder beside the configuration, or of Textual."""
+    mouse: bool = True
+    """React to the mouse (off: the terminal selects text as usual)."""
+    fps: Annotated[int, Field(ge=1, le=60)] = 15
+    """Most screen updates a second; less is kinder to slow links."""
+    ascii: bool = False
+    """Draw with plain ASCII, for fonts and locales without line and block characters."""
+
+
+class LoggingConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much the program logs of itself. Prompts and answers are never logged."""
+    file: bool = True
+    """Keep the program's and each engine's log as files in the log directory."""
+    max_size: Size = 10 * 1024**2
+    """A log file is rotated at this size."""
+    keep: Annotated[int, Field(ge=0)] = 5
+    """Rotated files kept of each log."""
+
+
+class AudioConfig(Section):
+    """Speech models."""
+
+
+class MetricsConfig(Section):
+    """The Prometheus endpoint."""
+
+
+class ControlConfig(Section):
+    """How other programs steer this one."""
+
+
+class Config(Section):
+    server: ServerConfig = ServerConfig()
+    proxies: ProxiesConfig = ProxiesConfig()
+    engines: dict[str, EngineConfig] = {"default": EngineConfig()}
+    defaults: ModelSettings = ModelSettings()
+    models: dict[str, ModelConfig] = {}
+    discovery: DiscoveryConfig = DiscoveryConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    tui: TuiConfig = TuiConfig()
+    logging: LoggingConfig = LoggingConfig()
+    audio: AudioConfig = AudioConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    control: ControlConfig = ControlConfig()
+
+    def proxy_host(self, proxy: ProxyConfig) -> str:
+        return proxy.host or self.server.host
+
+    @model_validator(mode="after")
+    def _default_engine(self) -> Config:
+        if "default" not in self.engines:
+            # frozen, and a dict is not: the one entry every model falls back to is always there
+            self.engines["default"] = EngineConfig()
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    return host in _LOOPBACK or host.startswith("127.")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of config.toml as a user writes it (before inheritance is resolved)."""
+    return Config.model_json_schema()

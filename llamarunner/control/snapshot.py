@@ -1,0 +1,158 @@
+"""All that a front end may show, as plain immutable data. Made by the service, read by the TUI; it holds no objects of
+the program, no secrets and no prompt or answer text.
+
+Wherever a number is not known it is None. `*_s` are seconds, `*_bytes` bytes, `*_at` unix time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamarunner.events import RequestPhase, RunnerState
+
+__all__ = [
+    "GpuView",
+    "HostView",
+    "LogLine",
+    "LogPage",
+    "ModelView",
+    "ProxyView",
+    "RequestPhase",
+    "RequestView",
+    "RunnerState",
+    "Snapshot",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One row: a model of the catalogue and, where there is one, its runner."""
+
+    name: str
+    state: RunnerState  # stopped where it has no runner
+    reason: str = ""  # why it is in this state, for a person
+    path: str = ""
+    engine: str = ""  # name of its engine
+    aliases: tuple[str, ...] = ()
+    source: str = ""
+    architecture: str = ""
+    parameter_size: str = ""
+    quantization: str = ""
+    file_bytes: int = 0
+    capabilities: tuple[str, ...] = ()
+    problem: str = ""  # the model cannot run: why
+    hint: str = ""  # and what would help
+    pinned: bool = False
+    # of the runner
+    runner_id: int | None = None
+    pid: int | None = None
+    port: int | None = None
+    argv: tuple[str, ...] = ()
+    memory_bytes: int | None = None  # resident in RAM
+    gpu_bytes: int | None = None  # in GPU memory
+    context: int | None = None  # tokens for each request, as the engine reports it once ready
+    slots: int | None = None
+    in_flight: int = 0  # requests being answered now
+    queued: int = 0  # requests waiting for it
+    tokens_per_s: float | None = None  # of the newest finished answer
+    state_s: float = 0.0  # since it came into this state
+    load_s: float | None = None  # how long its load took
+    idle_left_s: float | None = None  # until it is unloaded; None while busy, inf when never
+
+
+@dataclass(frozen=True, slots=True)
+class GpuView:
+    index: int
+    name: str
+    used_bytes: int
+    total_bytes: int
+    utilization: float | None = None  # 0..1
+    temperature_c: float | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    stale: bool = False  # the driver stopped answering; these are the last figures
+
+
+@dataclass(frozen=True, slots=True)
+class HostView:
+    cpu: float | None = None  # 0..1 over all cores
+    cores: int = 0
+    load_1m: float | None = None
+    memory_used_bytes: int = 0
+    memory_total_bytes: int = 0
+    own_memory_bytes: int = 0  # of this program, without engines
+    gpu_note: str = ""  # why there are no GPUs to show
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    request_id: int
+    dialect: str
+    endpoint: str
+    client: str
+    model: str
+    phase: RequestPhase
+    started_at: float
+    stream: bool = False
+    user_agent: str = ""
+    status: int | None = None
+    error: str = ""
+    queue_s: float | None = None  # waiting for room
+    load_s: float | None = None  # waiting for its model's load
+    ttft_s: float | None = None  # from arrival to the first content
+    total_s: float = 0.0  # so far, or in all
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    prompt_tokens_per_s: float | None = None
+    output_tokens_per_s: float | None = None
+    bytes_out: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyView:
+    name: str  # "ollama"
+    title: str  # "Ollama"
+    enabled: bool
+    running: bool
+    host: str = ""
+    port: int = 0
+    problem: str = ""  # why it does not run though enabled
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    number: int  # rises by one within a source, never reused
+    at: float
+    text: str  # control characters already removed
+    level: str = "info"  # debug, info, warning, error
+
+
+@dataclass(frozen=True, slots=True)
+class LogPage:
+    """Lines of one source after a number. `missed` were pushed out of the ring before they were asked for."""
+
+    lines: tuple[LogLine, ...]
+    missed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`revisions` counts the changes of each part ("models", "hardware", "requests", "proxies", "logs"): a pane whose
+    number has not moved need not be painted again. Ages and countdowns move with time alone and are not counted."""
+
+    taken_at: float
+    version: str  # of LlamaRunner
+    started_at: float
+    stopping: bool = False
+    profile: str = ""
+    config_path: str = ""  # "" where there is no file
+    proxies: tuple[ProxyView, ...] = ()
+    models: tuple[ModelView, ...] = ()
+    gpus: tuple[GpuView, ...] = ()
+    host: HostView = field(default_factory=HostView)
+    requests: tuple[RequestView, ...] = ()  # live ones first, then finished, newest first; bounded
+    log_sources: tuple[str, ...] = ("llamarunner",)  # the program, then each runner that has a log
+    tokens_per_s: float = 0.0  # of all answers being streamed now
+    revisions: dict[str, int] = field(default_factory=dict)
