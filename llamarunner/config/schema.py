@@ -91,7 +91,7 @@ class Section(BaseModel):
 
 class ServerConfig(Section):
     host: str = "127.0.0.1"
-    """Address both proxies listen on. Anything but loopback needs an api_key on each proxy, or allow_unauthenticated."""
+    """Address both proxies listen on. Anything but loopback needs an api_key for each, or allow_unauthenticated."""
     allow_unauthenticated: bool = False
     """Let anyone who can reach a non-loopback address use the models without a key."""
     drain: Duration = 30.0
