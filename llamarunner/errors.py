@@ -8,6 +8,7 @@
     │   ├── UnsupportedError    400  the model or its engine cannot do this
     │   └── ModelNotFoundError  404
     ├── OverloadedError         503  the queue is full, or we are stopping
+    ├── EngineRefusalError      the status and words with which the engine itself refused a request
     └── EngineError             500  the engine could not serve
         ├── EngineMissingError  503  there is no program to run this model with
         ├── ModelFileError      500  the model's file is missing, cut short or not a GGUF
@@ -21,12 +22,11 @@ words and shapes; nothing here knows of one. `status` is the HTTP status an API 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 
 class LlamaRunnerError(Exception):
-    status: ClassVar[int] = 500
-    code: ClassVar[str] = "internal_error"
+    status: int = 500
+    code: str = "internal_error"
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -89,6 +89,17 @@ class OverloadedError(LlamaRunnerError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.retry_after_s = retry_after_s
+
+
+class EngineRefusalError(LlamaRunnerError):
+    """`kind` is the engine's own word for it ("exceed_context_size_error")."""
+
+    code = "engine_refusal"
+
+    def __init__(self, status: int, message: str, *, kind: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
 
 
 class EngineError(LlamaRunnerError):

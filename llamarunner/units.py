@@ -16,10 +16,10 @@ _DURATION_UNITS_S = {
     "h": 3600.0,
     "d": 86400.0,
 }
-_DURATION_PART = re.compile(r"(\d+\.?\d*|\.\d+)([a-zµμ]*)")
-_FOREVER = ("forever", "never", "inf")
+_DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([^0-9.]*)")
+_FOREVER = ("forever", "never", "inf", "∞")
 
-_SIZE = re.compile(r"(\d+\.?\d*|\.\d+)\s*([A-Za-z]*)")
+_SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]*)")
 _SIZE_UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _SIZE_UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
@@ -79,9 +79,10 @@ def parse_size(text: str) -> int:
     """Bytes of "8GiB", "8G" (both binary), "8GB" (decimal) or "1024". Raises ValueError."""
     match = _SIZE.fullmatch(text.strip())
     unit = match[2].lower() if match else ""
-    if match is None or unit not in _SIZE_UNITS:
+    size = float(match[1]) * _SIZE_UNITS[unit] if match and unit in _SIZE_UNITS else math.inf
+    if math.isinf(size):
         raise ValueError(f'"{text}" is not a size such as "8GiB" or "500MB"')
-    return round(float(match[1]) * _SIZE_UNITS[unit])
+    return round(size)
 
 
 def format_size(size_bytes: float) -> str:

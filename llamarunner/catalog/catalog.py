@@ -65,7 +65,7 @@ class Model:
         found = self.details.capabilities
         if self.settings.embeddings:
             found |= {Capability.EMBEDDING}
-        if self.mmproj is not None:
+        if self.mmproj is not None and Capability.AUDIO not in found:  # some projectors hear and do not see
             found |= {Capability.VISION}
         return found
 
@@ -88,7 +88,7 @@ class Model:
         return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
     """Names are compared without case and without Ollama's default tag."""
     return name.strip().removesuffix(":latest").casefold()
 
@@ -103,13 +103,13 @@ class Catalog:
         self._models: dict[str, Model] = {}
         self._names: dict[str, Model] = {}
         for model in models:
-            if _key(model.name) in self._names:
+            if name_key(model.name) in self._names:
                 continue
             self._models[model.name] = model
-            self._names[_key(model.name)] = model
+            self._names[name_key(model.name)] = model
         for model in self._models.values():
             for alias in model.aliases:
-                self._names.setdefault(_key(alias), model)
+                self._names.setdefault(name_key(alias), model)
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -118,11 +118,11 @@ class Catalog:
         return len(self._models)
 
     def get(self, name: str) -> Model | None:
-        return self._names.get(_key(name))
+        return self._names.get(name_key(name))
 
     def find(self, name: str) -> Model:
         """The model a client means by `name`. Raises ModelNotFoundError, with the nearest name there is."""
         if model := self.get(name):
             return model
-        near = difflib.get_close_matches(_key(name), self._names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name_key(name), self._names, n=1, cutoff=0.5)
         raise ModelNotFoundError(name, self._names[near[0]].name if near else "")

@@ -6,83 +6,141 @@ Model tables arrive here whole: `load.py` has merged `[defaults]`, `inherits`, t
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
 from llamarunner.units import parse_duration, parse_size
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_HOST = re.compile(r"[0-9A-Za-z_.:%-]+")
 
 
 def _duration(value: object) -> object:
     """Seconds; a bare number is seconds already."""
-    if isinstance(value, str):
-        value = parse_duration(value)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError('a duration such as "30s" or "5m" is wanted')
-    if value < 0:
+    wanted = 'a duration such as "30s" or "5m" is wanted'
+    seconds = _seconds(value, wanted)
+    if seconds < 0:
         raise ValueError("a duration cannot be negative here")
-    return float(value)
+    return seconds
 
 
 def _keep_alive(value: object) -> object:
     """As a duration, and any negative one is for ever."""
+    seconds = _seconds(value, 'a duration such as "5m", 0 (unload at once) or -1 (never unload) is wanted')
+    return math.inf if seconds < 0 else seconds
+
+
+def _seconds(value: object, wanted: str) -> float:
     if isinstance(value, str):
-        value = parse_duration(value)
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError('a duration such as "5m", 0 (unload at once) or -1 (never unload) is wanted')
-    return math.inf if value < 0 else float(value)
+        try:
+            return parse_duration(value)
+        except ValueError:
+            raise ValueError(wanted) from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError(wanted)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(wanted) from None
 
 
 def _size(value: object) -> object:
     if isinstance(value, str):
-        return parse_size(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+        value = parse_size(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError('a size such as "64MiB" is wanted')
     return value
 
 
-def expand_variables(text: str) -> str:
+def expand_variables(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """`${VAR}` and `${VAR:-default}` from the environment. Raises ValueError for a variable that is not set."""
 
     def replace(match: re.Match[str]) -> str:
         name, default = match.groups()
-        found = os.environ.get(name, default)
+        found = environ.get(name, default)
         if found is None:
-            raise ValueError(f"the environment variable {name} is not set")
+            raise ValueError(f"the environment variable {name} is not set; set it, or write ${{{name}:-a default}}")
         return found
 
     return _VARIABLE.sub(replace, text)
+
+
+def _expanded(value: object, info: ValidationInfo) -> object:
+    """`${VAR}`, by the environment of the validation context ("environ") or our own."""
+    if not isinstance(value, str):
+        return value
+    expanded = expand_variables(value, (info.context or {}).get("environ", os.environ))
+    if "\0" in expanded:
+        raise ValueError("a NUL character cannot be handed to a program")
+    return expanded
 
 
 def _path(value: object, info: ValidationInfo) -> object:
     """`~`, `${VAR}`; a relative path counts from the configuration file's folder (validation context "base")."""
     if not isinstance(value, str | Path):
         raise ValueError("a path is wanted")
-    if not str(value).strip():
+    text = str(_expanded(str(value), info))
+    if not text.strip():
         raise ValueError("the path is empty")
-    path = Path(expand_variables(str(value))).expanduser()
+    path = Path(os.path.expanduser(text))  # pathlib's own raises where there is no home to be found
     base = (info.context or {}).get("base")
     return path if path.is_absolute() or base is None else Path(base) / path
 
 
-def _expanded(value: object) -> object:
-    return expand_variables(value) if isinstance(value, str) else value
+def _host(value: str) -> str:
+    if not _HOST.fullmatch(value):
+        raise ValueError('an address or name to listen on is wanted, such as "127.0.0.1", "::1" or "0.0.0.0"')
+    return value
 
 
-Duration = Annotated[float, BeforeValidator(_duration)]
-KeepAlive = Annotated[float, BeforeValidator(_keep_alive)]
-Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+def _variable_name(value: str) -> str:
+    if not value or "=" in value or "\0" in value:
+        raise ValueError("this cannot be the name of an environment variable")
+    return value
+
+
+def _flag(value: object) -> object:
+    parts = value if isinstance(value, list) else [value]
+    is_list_of_flags = isinstance(value, list) and any(isinstance(part, bool) for part in value)
+    if is_list_of_flags or not all(isinstance(part, bool | int | float | str) for part in parts):
+        raise ValueError("true, false, a number, a string, or an array of numbers and strings is wanted")
+    if any("\0" in str(part) for part in parts):
+        raise ValueError("a NUL character cannot be handed to a program")
+    return value
+
+
+_AS_WRITTEN = WithJsonSchema({"type": ["string", "number"]})
+
+Duration = Annotated[float, BeforeValidator(_duration), _AS_WRITTEN]
+KeepAlive = Annotated[float, BeforeValidator(_keep_alive), _AS_WRITTEN]
+Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": ["string", "integer"]})]
 ConfigPath = Annotated[Path, BeforeValidator(_path)]
 Expanded = Annotated[str, BeforeValidator(_expanded)]
+Host = Annotated[str, AfterValidator(_host)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-FlagValue = bool | int | float | str | list[str | int | float]
+Environment = dict[Annotated[str, AfterValidator(_variable_name)], Expanded]
+FlagValue = Annotated[bool | int | float | str | list[str | int | float], BeforeValidator(_flag)]
+
+
+INHERITS = "Another model whose settings and path this one starts from."
+PROFILES = "Named overlays of this file: [profiles.NAME] holds any of its sections."
 
 
 class Section(BaseModel):
@@ -90,7 +148,7 @@ class Section(BaseModel):
 
 
 class ServerConfig(Section):
-    host: str = "127.0.0.1"
+    host: Host = "127.0.0.1"
     """Address both proxies listen on. Anything but loopback needs an api_key for each, or allow_unauthenticated."""
     allow_unauthenticated: bool = False
     """Let anyone who can reach a non-loopback address use the models without a key."""
@@ -103,7 +161,7 @@ class ServerConfig(Section):
 class ProxyConfig(Section):
     enabled: bool = True
     """Serve this dialect."""
-    host: str | None = None
+    host: Host | None = None
     """Address to listen on, in place of server.host."""
     port: Port = 0
     """Port to listen on; 0 takes any free one."""
@@ -137,7 +195,7 @@ class EngineConfig(Section):
     """The program, by name on PATH or by path (llama-server or a fork of it)."""
     args: list[Expanded] = []
     """Arguments put before all others."""
-    env: dict[str, Expanded] = {}
+    env: Environment = {}
     """Environment variables for its processes."""
 
 
@@ -165,7 +223,7 @@ class ModelSettings(Section):
     flags: dict[str, FlagValue] = {}
     """Any further flag of the engine by its long name without dashes; true gives the bare flag, false leaves it out,
     a list repeats it."""
-    env: dict[str, Expanded] = {}
+    env: Environment = {}
     """Environment variables for its process, over the engine's."""
 
 
@@ -179,7 +237,7 @@ class ModelConfig(ModelSettings):
 
 
 class DiscoveryConfig(Section):
-    folders: list[ConfigPath] = [Path("~/models").expanduser()]
+    folders: list[ConfigPath] = [Path(os.path.expanduser("~/models"))]
     """Folders whose .gguf files (at any depth) are models under their file's name. One that is missing is no error."""
 
 
@@ -188,6 +246,8 @@ class SchedulerConfig(Section):
     """Models loaded at once; another one is loaded once an idle one has left."""
     max_queue: Annotated[int, Field(ge=1)] = 512
     """Requests that may wait for a model; one more is refused with 503."""
+    max_wait: Duration = 60.0
+    """After waiting this long for room, a request closes a busy model to new ones, so that its own turn comes."""
 
 
 class TuiConfig(Section):
@@ -250,9 +310,21 @@ class Config(Section):
 
 
 def is_loopback(host: str) -> bool:
-    return host in _LOOPBACK or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"  # any other name may resolve to whatever it likes
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of config.toml as a user writes it (before inheritance is resolved)."""
-    return Config.model_json_schema()
+    """JSON Schema of config.toml as a user writes it: before profiles and inheritance are resolved."""
+    schema = Config.model_json_schema()
+    model = schema["$defs"]["ModelConfig"]
+    model["required"] = [key for key in model.get("required", ()) if key != "path"]  # it may be inherited
+    model["properties"]["inherits"] = {"type": "string", "description": INHERITS}
+    schema["properties"]["profiles"] = {
+        "type": "object",
+        "description": PROFILES,
+        "additionalProperties": {"type": "object"},
+    }
+    return schema

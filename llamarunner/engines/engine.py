@@ -54,6 +54,6 @@ class Engine(Protocol):
         ...
 
     def plan(self, model: Model, *, port: int, api_key: str) -> LaunchPlan:
-        """How to start `model`. Raises EngineMissingError where the program is not there, RequestError subclasses
-        never. Only looks at the file system; quick enough for the event loop."""
+        """How to start `model`. Raises EngineMissingError where the program is not there, UnsupportedError where a
+        setting or flag of the model cannot be used. Only looks at the file system; quick enough for the event loop."""
         ...

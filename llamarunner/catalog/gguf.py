@@ -1,0 +1,346 @@
+"""Reads the header of a GGUF file, which may be hostile: bounded in memory and time, and nothing in it is believed.
+
+Only regular files are opened, they are read forwards through one small window, every count and length is checked
+against the file's size and against caps, and token lists are stepped over. Whatever is wrong is a `ModelFileError`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llamarunner.errors import ModelFileError
+from llamarunner.units import format_size
+
+# The largest headers met in the field (vocabularies of 256k tokens with their merges) stay below a quarter of each.
+MAX_HEADER_BYTES = 64 * 1024**2
+MAX_KEYS = 65_536
+MAX_TENSORS = 65_536
+MAX_STRING_BYTES = 16 * 1024**2
+MAX_NAME_BYTES = 65_535
+MAX_DEPTH = 4
+MAX_WALKED = 2_000_000  # strings and nested arrays stepped over one by one
+KEPT_ITEMS = 64  # of an array; a longer one is None in the metadata
+
+_WINDOW_BYTES = 256 * 1024
+_MAX_DIMENSIONS = 4
+_MAX_ELEMENTS = 2**63 - 1
+_STRING, _ARRAY = 8, 9
+_SCALAR_LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {code: struct.Struct("=" + letter) for code, letter in _SCALAR_LETTERS.items()}
+_U32, _U64, _ARRAY_HEAD = struct.Struct("=I"), struct.Struct("=Q"), struct.Struct("=IQ")
+
+# ggml's tensor types: code -> (name, elements in a block, bytes of a block)
+_TENSOR_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+}
+
+_MISTAKEN = (
+    (b"<!DOCTYPE", "it is a web page", "the download link led to a page, not to the file"),
+    (b"<html", "it is a web page", "the download link led to a page, not to the file"),
+    (b"version https://git-lfs", "it is a Git LFS pointer", "fetch the file itself: git lfs pull"),
+    (b"PK\x03\x04", "it is a ZIP archive", "unpack it, or convert a PyTorch model with convert_hf_to_gguf.py"),
+    (b"tjgg", "it is of the old GGML format", "download a GGUF of the model"),
+    (b"fmgg", "it is of the old GGML format", "download a GGUF of the model"),
+    (b"lmgg", "it is of the old GGML format", "download a GGUF of the model"),
+)
+_AGAIN = "download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """`metadata` holds every key; long arrays and all lists of the tokenizer are None."""
+
+    metadata: Mapping[str, Any]
+    tensor_count: int
+    parameters: Mapping[str, int]  # elements by tensor type: {"Q4_K": 7_000_000_000}
+
+    @property
+    def architecture(self) -> str:
+        return self.text("general.architecture")
+
+    @property
+    def is_projector(self) -> bool:
+        return self.architecture == "clip" or self.text("general.type") == "mmproj"
+
+    @property
+    def is_model(self) -> bool:
+        """False for a projector, a LoRA adapter, an importance matrix."""
+        return not self.is_projector and self.text("general.type") in ("", "model")
+
+    def text(self, key: str) -> str:
+        value = self.metadata.get(key)
+        return value if isinstance(value, str) else ""
+
+    def number(self, key: str) -> int:
+        value = self.metadata.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+
+
+class _Damaged(Exception):
+    """What is wrong, without the file's name, and what would help."""
+
+    def __init__(self, what: str, hint: str = _AGAIN) -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+
+class _Cursor:
+    """Moves forwards through the header with one window of it in memory."""
+
+    __slots__ = ("_at", "_file", "_start", "_window", "size", "walked")
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._window = b""
+        self._start = 0  # of the window in the file
+        self._at = 0  # in the window
+        self.size = size
+        self.walked = 0
+
+    @property
+    def offset(self) -> int:
+        return self._start + self._at
+
+    def need(self, length: int) -> None:
+        """Have the next `length` bytes in the window."""
+        if self._at + length <= len(self._window):
+            return
+        start = self.offset
+        self.check(length)
+        self._file.seek(start)
+        self._window = self._file.read(max(length, _WINDOW_BYTES))
+        self._start, self._at = start, 0
+        if len(self._window) < length:
+            raise _Damaged("it became shorter while it was read", "try again once it is complete")
+
+    def check(self, length: int) -> None:
+        end = self.offset + length
+        if end > self.size:
+            raise _Damaged(f"cut short or damaged: its header needs {end} bytes or more, it has {self.size}")
+        if end > MAX_HEADER_BYTES:
+            raise _Damaged(f"its header is larger than {format_size(MAX_HEADER_BYTES)}")
+
+    def read(self, layout: struct.Struct) -> tuple[Any, ...]:
+        self.need(layout.size)
+        values = layout.unpack_from(self._window, self._at)
+        self._at += layout.size
+        return values
+
+    def take(self, length: int) -> bytes:
+        self.need(length)
+        data = self._window[self._at : self._at + length]
+        self._at += length
+        return data
+
+    def skip(self, length: int) -> None:
+        self.check(length)
+        self._at += length  # may leave the window; the next need() moves it
+
+    def string(self, limit: int, what: str) -> str:
+        (length,) = self.read(_U64)
+        if length > limit:
+            self.check(length)
+            raise _Damaged(f"damaged: a {what} of {length} bytes")
+        return self.take(length).decode("utf-8", "replace")
+
+    def skip_strings(self, count: int) -> None:
+        """The one loop that must be quick: vocabularies have hundreds of thousands of strings."""
+        self.walk(count)
+        unpack, left = _U64.unpack_from, count
+        while left:
+            self.need(8)
+            window, at, done = self._window, self._at, 0
+            last = len(window) - 8
+            for _ in range(left):
+                if at > last:
+                    break
+                at += 8 + unpack(window, at)[0]
+                done += 1
+            self._at = at
+            left -= done
+            self.check(0)
+
+    def walk(self, count: int) -> None:
+        self.check(count * 8)  # each has a length before it
+        self.walked += count
+        if self.walked > MAX_WALKED:
+            raise _Damaged(f"its lists have more than {MAX_WALKED} items")
+
+
+def read_header(path: Path) -> Header:
+    """Raises ModelFileError where `path` is not a whole GGUF file of this machine's byte order."""
+    shown = printable(str(path))
+    try:
+        with _open_regular(path) as file:
+            return _parse(_Cursor(file, os.fstat(file.fileno()).st_size))
+    except _Damaged as problem:
+        raise ModelFileError(f"{shown}: {problem.what}", hint=problem.hint) from None
+    except FileNotFoundError:
+        raise ModelFileError(f"{shown}: there is no such file", hint="check the path") from None
+    except PermissionError:
+        raise ModelFileError(f"{shown}: it may not be read", hint="check the permissions of the file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise ModelFileError(f"{shown}: it cannot be read: {error}", hint="check the path and the disk") from None
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    # O_NONBLOCK: opening a FIFO without it waits for a writer
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise _Damaged(f"it is {what}", "give the path of the .gguf file")
+    return os.fdopen(descriptor, "rb", buffering=0)
+
+
+def _parse(cursor: _Cursor) -> Header:
+    _check_start(cursor)
+    tensor_count, key_count = *cursor.read(_U64), *cursor.read(_U64)
+    if tensor_count > MAX_TENSORS:
+        raise _Damaged(f"damaged: it claims {tensor_count} tensors")
+    if key_count > MAX_KEYS:
+        raise _Damaged(f"damaged: it claims {key_count} keys")
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = cursor.string(MAX_NAME_BYTES, "key")
+        if key in metadata:
+            raise _Damaged(f"damaged: the key {printable(key, 80)!r} is there twice")
+        (code,) = cursor.read(_U32)
+        metadata[key] = _value(cursor, code, keep=not key.startswith("tokenizer."), depth=0)
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or not 0 < alignment <= 2**31 or alignment & (alignment - 1):
+        raise _Damaged("damaged: its alignment is not a power of two")
+    return Header(metadata, tensor_count, _read_tensors(cursor, tensor_count, alignment))
+
+
+def _check_start(cursor: _Cursor) -> None:
+    start = cursor.take(min(cursor.size, 32))
+    if start[:4] != b"GGUF":
+        for magic, what, hint in _MISTAKEN:
+            if start.lstrip()[: len(magic)].lower() == magic.lower():
+                raise _Damaged(f"not a GGUF file: {what}", hint)
+        raise _Damaged("it is empty" if not start else "not a GGUF file", "download the model as .gguf")
+    cursor.skip(4 - len(start))
+    (version,) = cursor.read(_U32)
+    if version and not version & 0xFFFF:
+        other = "big" if sys.byteorder == "little" else "little"
+        raise _Damaged(f"it is a GGUF for {other}-endian machines", f"download the {sys.byteorder}-endian file")
+    if version < 2:
+        raise _Damaged(f"its GGUF version {version} is too old", "download a newer GGUF of the model")
+    if version > 3:
+        raise _Damaged(f"its GGUF version {version} is not known", "version 2 and 3 can be read")
+
+
+def _value(cursor: _Cursor, code: int, *, keep: bool, depth: int) -> Any:
+    """One value of the metadata; of an array None unless it is short and `keep` is set."""
+    if scalar := _SCALARS.get(code):
+        return cursor.read(scalar)[0]
+    if code == _STRING:
+        return cursor.string(MAX_STRING_BYTES, "text")
+    if code != _ARRAY:
+        raise _Damaged(f"damaged: a value of the unknown type {code}")
+    if depth == MAX_DEPTH:
+        raise _Damaged(f"damaged: arrays more than {MAX_DEPTH} deep")
+    item, count = cursor.read(_ARRAY_HEAD)
+    keep = keep and count <= KEPT_ITEMS
+    if scalar := _SCALARS.get(item):
+        cursor.check(count * scalar.size)
+        if keep:
+            return [cursor.read(scalar)[0] for _ in range(count)]
+        cursor.skip(count * scalar.size)
+        return None
+    if item == _STRING and not keep:
+        cursor.skip_strings(count)
+        return None
+    cursor.walk(count)
+    values = [_value(cursor, item, keep=keep, depth=depth + 1) for _ in range(count if keep else 0)]
+    if keep:
+        return values
+    for _ in range(count):
+        _value(cursor, item, keep=False, depth=depth + 1)
+    return None
+
+
+def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, int]:
+    """Elements by type. Raises _Damaged where the data of a tensor would lie past the end of the file."""
+    cursor.check(count * 24)  # the least that describes a tensor
+    parameters: Counter[str] = Counter()
+    names: set[str] = set()
+    extent = 0  # of the data, in bytes
+    for _ in range(count):
+        name = cursor.string(MAX_NAME_BYTES, "tensor name")
+        if name in names:
+            raise _Damaged(f"damaged: the tensor {printable(name, 80)!r} is there twice")
+        names.add(name)
+        (dimensions,) = cursor.read(_U32)
+        if dimensions > _MAX_DIMENSIONS:
+            raise _Damaged(f"damaged: a tensor of {dimensions} dimensions")
+        shape = [cursor.read(_U64)[0] for _ in range(dimensions)]
+        code, offset = cursor.read(_ARRAY_HEAD)
+        elements = 1
+        for length in shape:
+            elements *= length
+        if elements > _MAX_ELEMENTS:
+            raise _Damaged("damaged: a tensor of more than 2^63 elements")
+        if offset % alignment:
+            raise _Damaged("damaged: a tensor that is not aligned")
+        # forks of llama.cpp have types of their own: of these only the beginning can be checked
+        type_name, block, block_bytes = _TENSOR_TYPES.get(code, (f"type {code}", 1, 0))
+        if shape and shape[0] % block:
+            raise _Damaged(f"damaged: a {type_name} tensor whose rows are not whole blocks")
+        extent = max(extent, offset + elements // block * block_bytes)
+        parameters[type_name] += elements
+    if count:
+        data_start = -(-cursor.offset // alignment) * alignment
+        if data_start + extent > cursor.size:
+            raise _Damaged(f"cut short: needs {data_start + extent} bytes, has {cursor.size}")
+    return dict(parameters)
+
+
+def printable(text: str, limit: int = 4096) -> str:
+    """Safe to print and to encode: control characters and half characters replaced, cut at `limit`."""
+    kept = text[:limit]
+    return kept if kept.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in kept)

@@ -1,0 +1,38 @@
+"""Reading server-sent events, however the network cuts them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import aiohttp
+
+from llamarunner.errors import EngineGoneError
+
+MAX_EVENT_BYTES = 8 * 1024**2
+"""An event that is larger is no event but a fault; real ones with many logprobs reach a megabyte."""
+
+DONE = b"[DONE]"
+
+
+class EventSplitter:
+    """Bytes in, payloads of complete `data:` lines out. Comments, other fields and blank lines are passed over."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, block: bytes) -> list[bytes]:
+        if b"\n" not in block:
+            self._rest += block
+            if len(self._rest) > MAX_EVENT_BYTES:
+                raise EngineGoneError("the engine sent an event without an end")
+            return []
+        *lines, self._rest = (self._rest + block).split(b"\n")
+        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
+
+
+async def event_batches(content: aiohttp.StreamReader) -> AsyncIterator[list[bytes]]:
+    """The payloads that arrived together, as they arrive; each list has at least one."""
+    splitter = EventSplitter()
+    while block := await content.readany():
+        if events := splitter.feed(block):
+            yield events

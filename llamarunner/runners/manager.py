@@ -1,0 +1,428 @@
+"""Which models run now: `acquire` gives a request its lease on a ready runner, loading and unloading as needed.
+
+The scheduler decides, the manager acts. Everything happens on the event loop between two awaits, so that readiness and
+the lease are one step: a waiter is granted by whoever sees the runner ready, and a lease counts only if its waiter is
+still there to take it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from llamarunner.catalog.catalog import Model
+from llamarunner.config.schema import SchedulerConfig
+from llamarunner.engines.engine import Engine
+from llamarunner.errors import EngineError, EngineMissingError, LoadError, OverloadedError
+from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerState
+from llamarunner.runners.guardian import Guardian
+from llamarunner.runners.runner import EngineLog, Runner
+from llamarunner.runners.scheduler import Drain, Facts, Load, Resident, Unload, Waiting, decide
+
+logger = logging.getLogger(__name__)
+
+_LOADING = (RunnerState.STARTING, RunnerState.LOADING)
+_RETRY_AFTER_S = 5.0  # told to clients that find the queue full
+_TIMER_SLACK_S = 0.002  # loops round timers to a millisecond; waking early would only mean waking again
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One request's hold on a ready runner, for as long as the `acquire` block lasts."""
+
+    runner: Runner
+    base_url: str
+    headers: Mapping[str, str]  # what the engine wants to see on each request
+    waited_s: float  # from asking to having it: queueing and loading
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    number: int
+    since: float
+    granted: asyncio.Future[Runner]
+    trace: RequestTrace | None
+    keep_alive_s: float | None
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """One model's place among the runners: its runner, who holds it and who waits for it."""
+
+    model: Model
+    runner: Runner | None = None
+    leases: int = 0
+    waiters: deque[_Waiter] = field(default_factory=deque)
+    keep_alive_s: float = 0.0
+    idle_since: float | None = None
+    failure: EngineError | None = None  # of the newest load or run, until the next one begins
+    failed_at: float = 0.0
+    stopping: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Residence:
+    """What may be told of a model's place: see `RunnerManager.residence`."""
+
+    runner: Runner | None
+    in_flight: int
+    queued: int
+    keep_alive_s: float
+    idle_left_s: float | None  # until it is unloaded for idleness; None while it is busy or not ready
+    failure: EngineError | None
+    failed_s: float  # since the failure
+
+
+class RunnerManager:
+    """`engines` by name; `log_for` opens the log of a model's engine; `session` is used for health checks only."""
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        settings: SchedulerConfig,
+        *,
+        bus: EventBus,
+        guardian: Guardian,
+        session: aiohttp.ClientSession,
+        log_for: Callable[[str], EngineLog],
+    ) -> None:
+        self._engines = engines
+        self._settings = settings
+        self._bus = bus
+        self._guardian = guardian
+        self._session = session
+        self._log_for = log_for
+        self._loop = asyncio.get_running_loop()
+        self._places: dict[str, _Place] = {}
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wake: asyncio.TimerHandle | None = None
+        self._closing = False
+        self._idle = asyncio.Event()  # set while no lease is held
+        self._idle.set()
+
+    # -- leases ------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def acquire(
+        self, model: Model, trace: RequestTrace | None = None, *, keep_alive_s: float | None = None
+    ) -> AsyncIterator[Lease]:
+        """Hold a ready runner of `model`, loading it first if need be.
+
+        `keep_alive_s` is how long the model stays once nobody uses it; the newest one given wins, None leaves it as it
+        is. Raises OverloadedError when the queue is full or the program is stopping, EngineError when the model could
+        not be loaded.
+        """
+        asked = time.monotonic()
+        place = self._place(model)
+        runner = await self._grant(place, trace, keep_alive_s)
+        if trace is not None:
+            trace.granted = time.monotonic()
+            trace.phase = RequestPhase.PROMPT
+        try:
+            plan = runner.plan
+            if plan is None:
+                raise EngineMissingError(f"{model.name} has no running engine")
+            yield Lease(runner, plan.base_url, plan.headers, time.monotonic() - asked)
+        finally:
+            self._release(place)
+
+    async def _grant(self, place: _Place, trace: RequestTrace | None, keep_alive_s: float | None) -> Runner:
+        """One lease counted in `place`, now or when it is this waiter's turn."""
+        if self._closing:
+            raise OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
+        runner = place.runner
+        if runner is not None and runner.state is RunnerState.READY and not place.stopping:
+            self._count_lease(place, keep_alive_s)
+            return runner
+        if sum(len(other.waiters) for other in self._places.values()) >= self._settings.max_queue:
+            raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S)
+        waiter = _Waiter(next(self._numbers), time.monotonic(), self._loop.create_future(), trace, keep_alive_s)
+        place.waiters.append(waiter)
+        self._mark_waiting(place, waiter)
+        self._reconsider()
+        try:
+            return await waiter.granted
+        except asyncio.CancelledError:
+            if waiter in place.waiters:
+                place.waiters.remove(waiter)
+                self._reconsider()
+            elif not waiter.granted.cancelled() and waiter.granted.exception() is None:
+                self._release(place)
+            raise
+
+    def _count_lease(self, place: _Place, keep_alive_s: float | None) -> None:
+        place.leases += 1
+        place.idle_since = None
+        if keep_alive_s is not None:
+            place.keep_alive_s = keep_alive_s
+        self._idle.clear()
+
+    def _release(self, place: _Place) -> None:
+        place.leases -= 1
+        if place.leases == 0:
+            place.idle_since = time.monotonic()
+            if all(other.leases == 0 for other in self._places.values()):
+                self._idle.set()
+        self._reconsider()
+
+    def _serve_waiters(self, place: _Place, runner: Runner) -> None:
+        while place.waiters:
+            waiter = place.waiters.popleft()
+            if not waiter.granted.done():
+                self._count_lease(place, waiter.keep_alive_s)
+                waiter.granted.set_result(runner)
+
+    def _refuse_waiters(self, place: _Place, error: Exception) -> None:
+        while place.waiters:
+            waiter = place.waiters.popleft()
+            if not waiter.granted.done():
+                waiter.granted.set_exception(error)
+
+    def _mark_waiting(self, place: _Place, waiter: _Waiter) -> None:
+        if waiter.trace is not None:
+            loading = place.runner is not None and place.runner.state in _LOADING
+            waiter.trace.phase = RequestPhase.LOADING if loading else RequestPhase.QUEUED
+            if loading:
+                waiter.trace.load_started = time.monotonic()
+
+    # -- commands ----------------------------------------------------------------------------------------------------
+
+    async def load(self, model: Model, *, keep_alive_s: float | None = None) -> None:
+        """Return once `model` is ready. Raises as `acquire` does."""
+        async with self.acquire(model, keep_alive_s=keep_alive_s):
+            pass
+
+    async def unload(self, model: Model, *, reason: str = "unloaded by hand", force: bool = False) -> None:
+        """Stop the model's runner once it has answered what it answers now; with `force`, at once.
+
+        Requests that come meanwhile wait, and load it again. A load in progress is given up, and those who wait for it
+        are told so.
+        """
+        place = self._places.get(model.name)
+        if place is None:
+            return
+        if place.runner is None:
+            place.failure = None
+            return
+        runner = place.runner
+        if force or runner.state in _LOADING or place.leases == 0:
+            if runner.state in _LOADING:
+                self._refuse_waiters(place, LoadError(f"{model.name} was unloaded while it was loading"))
+            self._stop(place, reason)
+        else:
+            runner.drain(reason)
+        self._reconsider()
+        await runner.wait_ended()
+
+    def expire(self, model: Model) -> None:
+        """Unload the model as soon as nobody uses it; returns at once, and it need not be loaded."""
+        place = self._places.get(model.name)
+        if place is not None and place.runner is not None:
+            place.keep_alive_s = 0.0
+            self._reconsider()
+
+    def set_keep_alive(self, model: Model, keep_alive_s: float) -> None:
+        """As if a request with this keep_alive had just ended."""
+        place = self._places.get(model.name)
+        if place is not None and place.runner is not None:
+            place.keep_alive_s = keep_alive_s
+            if place.idle_since is not None:
+                place.idle_since = time.monotonic()
+            self._reconsider()
+
+    async def close(self, drain_s: float) -> None:
+        """Take no new requests, let running answers end within `drain_s`, then stop every engine. May be called again
+        with a shorter time: the shorter one counts."""
+        self._closing = True
+        for place in self._places.values():
+            self._refuse_waiters(place, OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S))
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("ending the answers that are still running after %.0f s", drain_s)
+        if self._wake is not None:
+            self._wake.cancel()
+        runners = [place.runner for place in self._places.values() if place.runner is not None]
+        await asyncio.gather(*(runner.stop("the server is shutting down") for runner in runners))
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # -- what may be told --------------------------------------------------------------------------------------------
+
+    def residence(self, name: str) -> Residence | None:
+        """Of the model of this name; None where it never was loaded."""
+        place = self._places.get(name)
+        if place is None:
+            return None
+        now = time.monotonic()
+        resident = place.runner is not None and place.idle_since is not None
+        idle_left = max(0.0, self._resident(place).expires - now) if resident else None
+        return Residence(
+            runner=place.runner,
+            in_flight=place.leases,
+            queued=len(place.waiters),
+            keep_alive_s=math.inf if place.model.settings.pin else place.keep_alive_s,
+            idle_left_s=idle_left,
+            failure=place.failure,
+            failed_s=now - place.failed_at if place.failure else 0.0,
+        )
+
+    @property
+    def loaded(self) -> list[Model]:
+        """The models whose runner is ready to answer."""
+        return [
+            place.model
+            for place in self._places.values()
+            if place.runner is not None and place.runner.state is RunnerState.READY
+        ]
+
+    # -- acting on decisions -----------------------------------------------------------------------------------------
+
+    def _place(self, model: Model) -> _Place:
+        place = self._places.get(model.name)
+        if place is None:
+            place = self._places[model.name] = _Place(model)
+        elif place.runner is None:
+            place.model = model  # the catalogue may have a newer one; a running engine keeps what it was started with
+        return place
+
+    def _resident(self, place: _Place) -> Resident:
+        runner = place.runner
+        assert runner is not None
+        return Resident(
+            model=place.model.name,
+            state=RunnerState.STOPPING if place.stopping else runner.state,
+            leases=place.leases,
+            waiters=len(place.waiters),
+            pinned=place.model.settings.pin,
+            idle_since=place.idle_since,
+            keep_alive_s=place.keep_alive_s,
+        )
+
+    def _facts(self) -> Facts:
+        waiting = sorted((p for p in self._places.values() if p.waiters), key=lambda p: p.waiters[0].number)
+        return Facts(
+            now=time.monotonic(),
+            residents=[self._resident(place) for place in self._places.values() if place.runner is not None],
+            waiting=[Waiting(place.model.name, place.waiters[0].since) for place in waiting],
+            max_loaded=self._settings.max_loaded,
+            max_wait_s=self._settings.max_wait,
+        )
+
+    def _reconsider(self) -> None:
+        """Ask the scheduler, do what it says, and set the alarm for when to ask again."""
+        if self._closing:
+            return
+        for place in self._places.values():
+            drained = place.runner is not None and place.runner.state is RunnerState.DRAINING and place.leases == 0
+            if drained and not place.stopping:
+                self._stop(place, place.runner.reason if place.runner else "")
+        decision = decide(self._facts())
+        for action in decision.actions:
+            place = self._places[action.model]
+            match action:
+                case Load():
+                    self._start(place)
+                case Unload(reason=reason):
+                    self._stop(place, reason)
+                case Drain(reason=reason):
+                    if place.runner is not None:
+                        place.runner.drain(reason)
+        if self._wake is not None:
+            self._wake.cancel()
+        if math.isinf(decision.wake_at):
+            self._wake = None
+        else:
+            delay = max(0.0, decision.wake_at - time.monotonic()) + _TIMER_SLACK_S
+            self._wake = self._loop.call_later(delay, self._reconsider)
+
+    def _own(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _start(self, place: _Place) -> None:
+        model = place.model
+        engine = self._engines.get(model.settings.engine)
+        place.failure = None
+        if engine is None:
+            self._fail(place, EngineMissingError(f"there is no engine '{model.settings.engine}'"))
+            return
+        runner = Runner(
+            model,
+            engine,
+            log=self._log_for(model.name),
+            bus=self._bus,
+            guardian=self._guardian,
+            session=self._session,
+        )
+        runner.on_ended = self._on_ended
+        place.runner = runner
+        place.idle_since = None
+        place.keep_alive_s = model.settings.keep_alive
+        now = time.monotonic()
+        for waiter in place.waiters:
+            if waiter.trace is not None:
+                waiter.trace.phase = RequestPhase.LOADING
+                waiter.trace.load_started = now
+        self._own(self._bring_up(place, runner), f"load {model.name}")
+
+    async def _bring_up(self, place: _Place, runner: Runner) -> None:
+        try:
+            await runner.start()
+        except EngineError as error:
+            self._give_up(place, runner, error)
+        except Exception:
+            logger.exception("loading %s failed in an unforeseen way", place.model.name)
+            self._give_up(
+                place, runner, EngineError(f"loading {place.model.name} failed", hint="the log has the details")
+            )
+        else:
+            place.idle_since = time.monotonic()
+            self._serve_waiters(place, runner)
+        self._reconsider()
+
+    def _give_up(self, place: _Place, runner: Runner, error: EngineError) -> None:
+        if place.runner is runner and not place.stopping:  # else whoever stops it tidies up
+            place.runner = None
+            self._fail(place, error)
+
+    def _fail(self, place: _Place, error: EngineError) -> None:
+        place.failure = error
+        place.failed_at = time.monotonic()
+        self._refuse_waiters(place, error)
+
+    def _stop(self, place: _Place, reason: str) -> None:
+        if place.runner is not None and not place.stopping:
+            place.stopping = True
+            self._own(self._take_down(place, place.runner, reason), f"unload {place.model.name}")
+
+    async def _take_down(self, place: _Place, runner: Runner, reason: str) -> None:
+        try:
+            await runner.stop(reason)
+        finally:
+            place.runner = None
+            place.stopping = False
+            place.idle_since = None
+            self._reconsider()
+
+    def _on_ended(self, runner: Runner) -> None:
+        """An engine ended by itself: those it was answering see their connection break; the next request loads it."""
+        place = self._places.get(runner.model.name)
+        if place is not None and place.runner is runner and not place.stopping:
+            place.runner = None
+            place.idle_since = None
+            place.failure = runner.error
+            place.failed_at = time.monotonic()
+            self._reconsider()

@@ -1,0 +1,267 @@
+"""One engine process and everything it starts: spawned so that it cannot outlive us, its output pumped in blocks, and
+ended as a whole tree. Knows nothing of models or HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import psutil
+
+from llamarunner.runners.guardian import Guardian
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 64 * 1024
+_LAST_BLOCKS = 64  # read at most so many after the end: a grandchild may go on writing for ever
+_POLL_S = 0.05
+_KILL_S = 10.0  # SIGKILL cannot be refused, but a driver can keep a process from ending
+_TAG = "LLAMARUNNER_ENGINE"  # in the environment of the process, and so of whatever it starts
+_PR_SET_PDEATHSIG = 1
+# looked up here: between fork and exec nothing may be imported or allocated that another thread could hold a lock of
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+class EngineProcess:
+    """Use `spawn`. An owner task sees the process to its end and cleans up behind it, whether `stop` was asked for or
+    it ended by itself."""
+
+    def __init__(
+        self,
+        popen: subprocess.Popen[bytes],
+        pipe: int,
+        tag: str,
+        on_output: Callable[[bytes], None],
+        guardian: Guardian,
+    ) -> None:
+        self.pid = popen.pid
+        self.returncode: int | None = None  # negative for a signal
+        self._popen = popen
+        self._pipe = pipe
+        self._tag = tag
+        self._on_output = on_output
+        self._guardian = guardian
+        self._grace_s = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._stopping = False
+        self._wake = asyncio.Event()  # it ended, or shall end
+        os.set_blocking(pipe, False)
+        self._loop.add_reader(pipe, self._pump)
+        self._watch_end()
+        self._owner = asyncio.create_task(self._own(), name=f"engine process {self.pid}")
+
+    @classmethod
+    async def spawn(
+        cls,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        on_output: Callable[[bytes], None],
+        guardian: Guardian,
+    ) -> EngineProcess:
+        """Start `argv` with exactly `env`; `on_output` is called on the loop with each block of stdout and stderr.
+
+        Raises OSError where the program cannot be run. Must be called in the main thread.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            # the parent-death signal comes when the thread that spawned the child ends
+            raise RuntimeError("an engine must be spawned from the main thread")
+        tag = secrets.token_hex(16)
+        read_end, write_end = os.pipe()
+        try:
+            popen = _popen(argv, {**env, _TAG: tag}, write_end)
+        except BaseException:
+            os.close(read_end)
+            raise
+        finally:
+            os.close(write_end)
+        guardian.add(popen.pid, tag)
+        return cls(popen, read_end, tag, on_output, guardian)
+
+    async def wait(self) -> int:
+        """Until the process itself has ended; all that it wrote has been given to `on_output` by then."""
+        return await asyncio.shield(self._ended)
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, after `grace_s` SIGKILL, to the process and whatever it started; returns when all are gone.
+
+        Goes on to its end where the caller is cancelled. A second call waits for the first.
+        """
+        if not self._stopping:
+            self._stopping, self._grace_s = True, grace_s
+            self._wake.set()
+        await asyncio.shield(self._owner)
+
+    def family_pids(self) -> list[int]:
+        """Of the process and all that it started. Reads all of /proc: call it in a thread."""
+        return [self.pid, *(member.pid for member in self._family())]
+
+    # --- output ----------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> bool:
+        """Read one block; false when there is none."""
+        try:
+            block = os.read(self._pipe, _BLOCK_BYTES)
+        except BlockingIOError:
+            return False
+        if not block:
+            self._close_pipe()
+            return False
+        try:
+            self._on_output(block)
+        except Exception:
+            # the pipe must be drained all the same, or the engine would hang writing to it
+            logger.exception("an engine's output could not be handled; dropping the rest of it")
+            self._on_output = _drop
+        return True
+
+    def _close_pipe(self) -> None:
+        if self._pipe >= 0:
+            self._loop.remove_reader(self._pipe)
+            os.close(self._pipe)
+            self._pipe = -1
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def _watch_end(self) -> None:
+        try:
+            handle = os.pidfd_open(self.pid)
+        except (AttributeError, OSError):  # no Linux, or none that has it
+            threading.Thread(target=self._wait_in_thread, name=f"wait {self.pid}", daemon=True).start()
+            return
+
+        def on_end() -> None:
+            self._loop.remove_reader(handle)
+            os.close(handle)
+            self._note_end()
+
+        self._loop.add_reader(handle, on_end)
+
+    def _wait_in_thread(self) -> None:
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self._note_end)
+
+    def _note_end(self) -> None:
+        # WNOWAIT: until it is reaped its number stays its own, so that signals to its group cannot hit a stranger
+        result = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        assert result is not None  # without WNOHANG there always is one
+        for _ in range(_LAST_BLOCKS):
+            if self._pipe < 0 or not self._pump():
+                break
+        self.returncode = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+        self._ended.set_result(self.returncode)
+        self._wake.set()
+
+    async def _own(self) -> None:
+        try:
+            await self._wake.wait()
+            if self._stopping:
+                await self._terminate()
+        finally:
+            # also when the loop is being torn down and this task is cancelled
+            self._signal_group(signal.SIGKILL)
+            await self._clean_up()
+
+    async def _terminate(self) -> None:
+        family = await asyncio.to_thread(self._family)
+        deadline = self._loop.time() + self._grace_s
+        self._signal_group(signal.SIGTERM)
+        for member in family:
+            _signal_process(member, signal.SIGTERM)
+        await asyncio.wait({self._ended}, timeout=self._grace_s)
+        # a wrapper may end before the engine that it started
+        while self._loop.time() < deadline:
+            if not await asyncio.to_thread(_any_alive, family):
+                break
+            await asyncio.sleep(_POLL_S)
+
+    async def _clean_up(self) -> None:
+        """After SIGKILL to the group: whoever left the group, the zombie, the pipe."""
+        deadline = self._loop.time() + _KILL_S
+        while (family := await asyncio.to_thread(self._family)) and self._loop.time() < deadline:
+            for member in family:
+                _signal_process(member, signal.SIGKILL)
+            await asyncio.sleep(_POLL_S)
+        done, _ = await asyncio.wait({self._ended}, timeout=max(deadline - self._loop.time(), _POLL_S))
+        self._close_pipe()
+        if done and not family:
+            self._popen.wait()  # reaps at once
+            self._guardian.remove(self.pid)
+        else:
+            left = [member.pid for member in family] or [self.pid]
+            logger.error("engine processes %s do not end after SIGKILL; left to the guardian", left)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def _family(self) -> list[psutil.Process]:
+        """Live processes that ours started, however they detached themselves: the tag in their environment stays."""
+        family = []
+        for pid in psutil.pids():
+            try:
+                member = psutil.Process(pid)
+                if pid != self.pid and member.environ().get(_TAG) == self._tag and _is_alive(member):
+                    family.append(member)
+            except (psutil.Error, OSError):  # it ended meanwhile, or is another user's
+                continue
+        return family
+
+
+def _popen(argv: Sequence[str], env: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:
+    with warnings.catch_warnings():
+        # newer Pythons warn of any preexec_fn in a program with threads; ours does nothing that could wait for one
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return subprocess.Popen(
+            argv,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_dies_with(os.getpid()),
+        )
+
+
+def _dies_with(parent: int) -> Callable[[], None]:
+    def prepare() -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
+        if _prctl is not None:
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:  # it ended before the signal was set
+                os._exit(127)
+
+    return prepare
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _any_alive(processes: Sequence[psutil.Process]) -> bool:
+    return any(_is_alive(process) for process in processes)
+
+
+def _signal_process(process: psutil.Process, number: signal.Signals) -> None:
+    with contextlib.suppress(psutil.Error):
+        process.send_signal(number)
+
+
+def _drop(block: bytes) -> None:
+    """Takes output that nobody can use any more."""

@@ -1,0 +1,82 @@
+"""Who is let in by the Host and Origin headers and by the key."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from llamarunner.proxies.guard import Guard, host_name
+
+LOCAL = Guard("127.0.0.1", allowed_hosts=["box.lan"])
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost", "localhost:11434", "LOCALHOST", "localhost.", "a.localhost:1", "127.0.0.1", "127.0.0.1:11434",
+        "127.0.0.2:80", "[::1]", "[::1]:1234", "box.lan", "BOX.lan:99", socket.gethostname(),
+    ],
+)  # fmt: skip
+def test_names_of_this_machine_are_admitted(host: str) -> None:
+    assert LOCAL.admits_host([host])
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "", " ", "evil.com", "127.0.0.1.evil.com", "localhost.evil.com", "evil.com:11434", "localhost@evil.com",
+        "evil.com/localhost", "127.0.0.1 evil.com", "127.0.0.1,evil.com", "2130706433", "0x7f000001", "127.1",
+        "0.0.0.0",
+        "10.0.0.1", "192.168.1.1:11434", "[::ffff:10.0.0.1]", "[::1", "[::1]x", "localhost:port", "localhost:80:80",
+        "box.lan.evil.com", "notlocalhost", "evil\\localhost", "localhost\tevil.com", "fe80::1", "box.internal",
+        "box.local", "\x00localhost",
+    ],
+)  # fmt: skip
+def test_other_names_are_refused(host: str) -> None:
+    assert not LOCAL.admits_host([host])
+
+
+def test_exactly_one_host_header() -> None:
+    assert not LOCAL.admits_host([])
+    assert not LOCAL.admits_host(["localhost", "localhost"])
+
+
+def test_listening_everywhere_admits_addresses_but_no_foreign_names() -> None:
+    everywhere = Guard("0.0.0.0")
+    assert everywhere.admits_host(["192.168.1.20:11434"])
+    assert not everywhere.admits_host(["evil.com"])
+
+
+@pytest.mark.parametrize(
+    ("origin", "admitted"),
+    [
+        ("http://localhost:3000", True), ("https://127.0.0.1", True), ("http://[::1]:8080", True),
+        ("http://0.0.0.0:3000", True), ("app://obsidian.md", True), ("tauri://localhost", True),
+        ("vscode-webview://x", True), ("https://chat.example", True), ("https://evil.com", False),
+        ("http://localhost.evil.com", False), ("null", False), ("https://chat.example.evil.com", False),
+        ("http://chat.example", False), ("", False), ("chrome-extension://abc", False),
+    ],
+)  # fmt: skip
+def test_origins(origin: str, admitted: bool) -> None:
+    assert Guard("127.0.0.1", cors_origins=["https://chat.example"]).admits_origin(origin) is admitted
+
+
+def test_any_origin_only_where_it_is_asked_for() -> None:
+    assert Guard("127.0.0.1", cors_origins=["*"]).admits_origin("https://evil.com")
+
+
+def test_the_key_is_demanded_where_there_is_one() -> None:
+    keyed = Guard("127.0.0.1", api_key="sk-secret")
+    assert keyed.admits_key("Bearer sk-secret", "")
+    assert keyed.admits_key("bearer  sk-secret ", "")
+    assert keyed.admits_key("", "sk-secret")
+    for wrong in ("", "Bearer", "Bearer sk-secre", "Basic sk-secret", "sk-secret"):
+        assert not keyed.admits_key(wrong, "")
+    assert not keyed.admits_key("Bearer wrong", "sk-secret"), "a wrong bearer is not overlooked"
+    assert LOCAL.admits_key("Bearer anything", ""), "without a key of ours, any is ignored"
+
+
+def test_host_name() -> None:
+    assert host_name("EXAMPLE.com.:80") == "example.com"
+    assert host_name("[2001:db8::1]:80") == "2001:db8::1"

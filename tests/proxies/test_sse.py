@@ -1,0 +1,41 @@
+"""Events come out the same however the network cut them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamarunner.errors import EngineGoneError
+from llamarunner.proxies import sse
+from llamarunner.proxies.sse import EventSplitter
+
+STREAM = (
+    b': ping\n\ndata: {"a":"\xc3\xa9\xe4\xb8\xad"}\n\nevent: error\r\ndata: {"b":2}\r\n\r\n'
+    b'data:{"c":3}\n\ndata: [DONE]\n\n'
+)
+EVENTS = [b'{"a":"\xc3\xa9\xe4\xb8\xad"}', b'{"b":2}', b'{"c":3}', b"[DONE]"]
+
+
+@given(st.lists(st.integers(0, len(STREAM)), max_size=12))
+def test_any_cut_gives_the_same_events(cuts: list[int]) -> None:
+    edges = [0, *sorted(cuts), len(STREAM)]
+    splitter = EventSplitter()
+    events = [event for start, end in pairwise(edges) for event in splitter.feed(STREAM[start:end])]
+    assert events == EVENTS
+
+
+def test_an_unfinished_event_is_kept_for_later() -> None:
+    splitter = EventSplitter()
+    assert splitter.feed(b'data: {"half":') == []
+    assert splitter.feed(b"1}\n") == [b'{"half":1}']
+
+
+def test_an_event_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 1000)
+    splitter = EventSplitter()
+    splitter.feed(b"x" * 1000)
+    with pytest.raises(EngineGoneError):
+        splitter.feed(b"x")

@@ -1,0 +1,183 @@
+"""GPUs, or CPU and memory where there is none, with their last minutes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal
+
+from rich.cells import cell_len
+
+from llamarunner.control.snapshot import GpuView, HostView, Snapshot
+from tui import words
+from tui.graphs import bar, history
+from tui.lines import Line, Span
+from tui.panes.pane import Pane
+from tui.text import fit, plain
+
+_SAMPLES = 240  # one a second
+_HOT_C = 83
+_FULL = 0.92
+
+
+class HardwarePane(Pane):
+    NUMBER, TITLE, REVISION = 1, "Hardware", "hardware"
+
+    def __init__(self, *, ascii_only: bool = False) -> None:
+        super().__init__(ascii_only=ascii_only)
+        self._history: dict[str, deque[float]] = {}
+        self._taken_at = 0.0
+
+    def show(self, snapshot: Snapshot) -> None:
+        if snapshot.taken_at != self._taken_at:
+            self._taken_at = snapshot.taken_at
+            self._sample(snapshot)
+        super().show(snapshot)
+
+    def _sample(self, snapshot: Snapshot) -> None:
+        host = snapshot.host
+        samples = {f"gpu{gpu.index}": gpu.utilization or 0.0 for gpu in snapshot.gpus}
+        samples["cpu"] = host.cpu or 0.0
+        samples["ram"] = _share(host.memory_used_bytes, host.memory_total_bytes)
+        for name, value in samples.items():
+            self._history.setdefault(name, deque(maxlen=_SAMPLES)).append(value)
+
+    def compact_rows(self) -> int:
+        """Rows of the compact form: the title, then one a GPU, or CPU and memory."""
+        return 1 + (len(self.snapshot.gpus) if self.snapshot and self.snapshot.gpus else 2)
+
+    def notes(self) -> tuple[str, str]:
+        snapshot = self.snapshot
+        if snapshot is None:
+            return "", ""
+        if len(snapshot.gpus) > 1:
+            used, total = sum(g.used_bytes for g in snapshot.gpus), sum(g.total_bytes for g in snapshot.gpus)
+            return f"{words.size(used)} of {words.size(total)} on {len(snapshot.gpus)} GPUs", ""
+        return ("", "") if snapshot.gpus else ("no GPU", "")
+
+    def body(self, width: int, height: int) -> Sequence[Line]:
+        if self.snapshot is None:
+            return []
+        gpus, host = self.snapshot.gpus, self.snapshot.host
+        if height <= max(2, len(gpus)):
+            rows = [self._gpu_row(gpu, width) for gpu in gpus] or self._host_rows(host, width)
+            return rows
+        room = height - 3  # CPU and memory, and a line above them
+        depth: Literal[1, 2, 3, 4] = 1
+        if gpus:
+            each = room // len(gpus)
+            depth = 4 if each >= 5 else 3 if each >= 3 else 2 if each >= 2 else 1
+        lines: list[Line] = []
+        for gpu in gpus:
+            lines += [self._gpu_row(gpu, width)] if depth == 1 else self._gpu_block(gpu, width, depth)
+            if depth == 4:
+                lines.append(Line())
+        if not gpus:
+            return self._host_block(host, width, height)
+        return [*lines[: max(0, height - 2)], *([Line()] if depth < 4 and len(lines) < room + 1 else []),
+                *self._host_rows(host, width)]  # fmt: skip
+
+    def _gpu_row(self, gpu: GpuView, width: int) -> Line:
+        name = _short_name(gpu.name)
+        figures = self._gpu_figures(gpu)
+        graph = 12 if width >= 100 else 8 if width >= 76 else 0
+        label = fit(f"{gpu.index} {name}", 12 if width >= 70 else 3)
+        memory = f"{_figure(gpu.used_bytes)}/{words.size(gpu.total_bytes)}"
+        tail = f" {memory:>11} "
+        used = 1 + cell_len(label) + 1 + cell_len(tail) + sum(cell_len(text) for text, _ in figures) + graph + 2
+        filled, empty = bar(_share(gpu.used_bytes, gpu.total_bytes), max(4, width - used))
+        spans: list[Span] = [(" ", ""), (label, "strong"), (" ", ""), (filled, _bar_style(gpu)), (empty, "rule")]
+        spans += [(tail, ""), *figures]
+        if graph:
+            spans += [(" ", ""), (history(list(self._history[f"gpu{gpu.index}"]), graph)[0], "primary")]
+        return Line(tuple(spans))
+
+    def _gpu_figures(self, gpu: GpuView) -> list[Span]:
+        if gpu.stale:
+            return [("not answering   ", "bad")]
+        hot = gpu.temperature_c is not None and gpu.temperature_c >= _HOT_C
+        temperature = words.NOTHING if gpu.temperature_c is None else f"{gpu.temperature_c:.0f}°C"
+        power = words.NOTHING if gpu.power_w is None else f"{gpu.power_w:.0f}W"
+        return [
+            (f"{words.percent(gpu.utilization):>4}", "strong"),
+            (f" {temperature:>5}", "bad" if hot else ""),
+            (f" {power:>5}", ""),
+        ]
+
+    def _gpu_block(self, gpu: GpuView, width: int, depth: int) -> list[Line]:
+        figures = self._gpu_figures(gpu)
+        right = sum(cell_len(text) for text, _ in figures)
+        label = fit(f"{gpu.index} {plain(gpu.name)}", max(4, width - right - 3))
+        memory = f" {_figure(gpu.used_bytes)}/{words.size(gpu.total_bytes)}"
+        filled, empty = bar(_share(gpu.used_bytes, gpu.total_bytes), max(4, width - 2 - len(memory)))
+        lines = [
+            Line.of((" ", ""), (label, "strong"), (" ", ""), *figures),
+            Line.of((" ", ""), (filled, _bar_style(gpu)), (empty, "rule"), (memory, "")),
+        ]
+        if depth > 2:
+            values = list(self._history[f"gpu{gpu.index}"])
+            graph = history(values, max(4, width - 2), depth - 2)
+            lines += [Line.of((" ", ""), (row, "primary")) for row in graph]
+        return lines
+
+    def _host_rows(self, host: HostView, width: int) -> list[Line]:
+        memory = _share(host.memory_used_bytes, host.memory_total_bytes)
+        load = "" if host.load_1m is None else f"load {host.load_1m:.1f}"
+        cores = words.plural(host.cores, "core") if host.cores else ""
+        sizes = f"{_figure(host.memory_used_bytes)}/{words.size(host.memory_total_bytes)}"
+        return [
+            self._host_row(
+                "CPU", host.cpu or 0.0, words.percent(host.cpu), " ".join(filter(None, (cores, load))), width
+            ),
+            self._host_row("RAM", memory, words.percent(memory), sizes, width),
+        ]
+
+    def _host_row(self, label: str, share: float, figure: str, note: str, width: int) -> Line:
+        graph = 12 if width >= 100 else 8 if width >= 76 else 0
+        note_width = min(17, max(11, width // 4))
+        room = max(4, width - 2 - 4 - 5 - 2 - note_width - (graph + 1 if graph else 0))
+        filled, empty = bar(share, room)
+        spans: list[Span] = [(" ", ""), (label, "title"), (" ", ""), (filled, _share_style(share)), (empty, "rule")]
+        spans += [(f" {figure:>4} ", "strong"), (fit(note, note_width, "right"), "")]
+        if graph:
+            spans += [(" ", ""), (history(list(self._history[label.lower()]), graph)[0], "primary")]
+        return Line(tuple(spans))
+
+    def _host_block(self, host: HostView, width: int, height: int) -> list[Line]:
+        """Without a GPU, the processor and the memory have the room."""
+        cpu, ram = self._host_rows(host, min(width, 75))
+        depth = max(0, min(3, (height - 5) // 2))
+        lines: list[Line] = []
+        for line, name in ((cpu, "cpu"), (ram, "ram")):
+            lines.append(line)
+            lines += [Line.of((" ", ""), (row, "primary")) for row in history(
+                list(self._history[name]), max(4, width - 2), depth)] if depth else []  # fmt: skip
+            lines.append(Line())
+        if host.gpu_note:
+            lines.append(Line.of((fit(f" {plain(host.gpu_note)}", width - 1), "muted")))
+        return lines
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _share_style(share: float) -> str:
+    return "bad" if share >= _FULL else "good"
+
+
+def _bar_style(gpu: GpuView) -> str:
+    return "muted" if gpu.stale else _share_style(_share(gpu.used_bytes, gpu.total_bytes))
+
+
+def _figure(size_bytes: int) -> str:
+    """A size without its unit where the total beside it has the same."""
+    return words.size(size_bytes).rstrip("G")
+
+
+def _short_name(name: str) -> str:
+    """ "NVIDIA GeForce RTX 4090" is "RTX 4090" where room is short."""
+    short = plain(name)
+    for maker in ("NVIDIA ", "GeForce ", "AMD ", "Radeon "):
+        short = short.replace(maker, "")
+    return short

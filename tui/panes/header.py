@@ -1,0 +1,101 @@
+"""The line at the top: what runs, on which ports, how busy it is; and below it, what is wrong with a port."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.cells import cell_len
+
+from llamarunner.control.snapshot import ProxyView, RequestPhase, Snapshot
+from tui import words
+from tui.lines import Line, LineView, Span
+from tui.text import plain
+
+
+class Header(LineView):
+    def __init__(self, *, ascii_only: bool = False) -> None:
+        super().__init__(id="header", ascii_only=ascii_only)
+        self.snapshot: Snapshot | None = None
+
+    def show(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.repaint()
+
+    def draw(self, width: int, height: int) -> Sequence[Line]:
+        return [header_line(self.snapshot, width)] if self.snapshot else []
+
+
+class Troubles(LineView):
+    """A line for each proxy that should serve and does not. Takes no room where all is well."""
+
+    def __init__(self, *, ascii_only: bool = False) -> None:
+        super().__init__(id="troubles", ascii_only=ascii_only)
+        self.snapshot: Snapshot | None = None
+
+    def show(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.display = bool(troubles(snapshot))
+        self.styles.height = len(troubles(snapshot)) or 1
+        self.repaint()
+
+    def draw(self, width: int, height: int) -> Sequence[Line]:
+        return [line.clipped(width) for line in troubles(self.snapshot)] if self.snapshot else []
+
+
+def troubles(snapshot: Snapshot) -> list[Line]:
+    lines = []
+    for proxy in snapshot.proxies:
+        if proxy.enabled and proxy.problem:
+            title = f" ✗ {plain(proxy.title or proxy.name)} does not answer: "
+            hint: list[Span] = [("  → ", "accent"), (plain(proxy.hint), "")] if proxy.hint else []
+            lines.append(Line.of((title, "bad-strong"), (plain(proxy.problem), "bad"), *hint))
+    return lines
+
+
+def header_line(snapshot: Snapshot, width: int) -> Line:
+    """What matters less goes first where there is no room."""
+    wide = width >= 110
+    name: list[Span] = [(" LlamaRunner", "focus")]
+    version: list[Span] = [(f" {plain(snapshot.version)}", "muted")]
+    profile: list[Span] = [(f" · {plain(snapshot.profile)}", "muted")] if snapshot.profile else []
+    stopping: list[Span] = [("  ◌ stopping", "warn")] if snapshot.stopping else []
+    proxies = [span for proxy in snapshot.proxies for span in _proxy_spans(proxy, wide)]
+    live = [request for request in snapshot.requests if words.is_live(request)]
+    waiting = sum(request.phase in (RequestPhase.QUEUED, RequestPhase.LOADING) for request in live)
+    flight: list[Span] = [(f"{len(live)}", "accent-strong" if live else "muted"), (" in flight", "muted")]
+    if waiting:
+        flight.append((f" ({waiting} waiting)", "warn"))
+    rate: list[Span] = [
+        ("  ", ""),
+        (words.rate(snapshot.tokens_per_s), "accent-strong" if snapshot.tokens_per_s else "muted"),
+        (" tok/s", "muted"),
+    ]
+    uptime: list[Span] = [(f"  up {words.duration(_uptime(snapshot))}", "muted")]
+    clock: list[Span] = [(f"  {words.clock(snapshot.taken_at)}", "muted")] if wide else []
+    for left, right in (
+        (name + version + profile + stopping + proxies, flight + rate + uptime + clock),
+        (name + version + stopping + proxies, flight + rate + uptime),
+        (name + stopping + proxies, flight + rate),
+        (name + stopping + proxies, flight),
+        (name + stopping, flight),
+    ):
+        gap = width - 1 - sum(cell_len(text) for text, _ in left + right)
+        if gap >= 2:
+            return Line((*left, (" " * gap, ""), *right))
+    return Line(tuple(name)).clipped(width)
+
+
+def _uptime(snapshot: Snapshot) -> float:
+    """Seconds for the first minute, whole minutes then: a figure that need not be painted every second."""
+    seconds = max(0.0, snapshot.taken_at - snapshot.started_at)
+    return seconds // 60 * 60 if seconds >= 60 else float(int(seconds))
+
+
+def _proxy_spans(proxy: ProxyView, wide: bool) -> list[Span]:
+    title = plain(proxy.title or proxy.name)
+    if not proxy.enabled:
+        return [(f"   ○ {title}", "muted"), (" off", "muted")]
+    where = f":{proxy.port}" if proxy.port else ""
+    if proxy.running:
+        return [("   ● ", "good"), (title, ""), (where, "strong"), (" up" if wide else "", "good")]
+    return [("   ✗ ", "bad-strong"), (title, ""), (where, "strong"), (" down", "bad-strong")]

@@ -1,0 +1,112 @@
+"""The models: their state, memory, context, slots, speed, and when an idle one is unloaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from llamarunner.control.snapshot import ModelView, RunnerState, Snapshot
+from tui import words
+from tui.lines import Line
+from tui.panes.table_pane import TablePane
+from tui.table import Cell, Column, Row
+from tui.text import plain
+
+_MIN_HEIGHT = 6
+
+
+class ModelsPane(TablePane):
+    NUMBER, TITLE, REVISION = 2, "Models", "models"
+    COLUMNS = (
+        Column("name", "NAME", 18, most=36),
+        Column("state", "STATE", 10),
+        Column("memory", "MEM", 6, "right", 2),
+        Column("context", "CTX", 5, "right", 4),
+        Column("slots", "SLOTS", 5, "right", 3),
+        Column("rate", "TOK/S", 5, "right", 1),
+        Column("idle", "IDLE", 5, "right", 2),
+        Column("queued", "QUEUE", 5, "right", 3),
+        Column("kind", "KIND", 14, priority=5, most=22),
+        Column("engine", "ENGINE", 9, priority=6, most=14),
+        Column("load", "LOAD", 5, "right", 7),
+        Column("source", "SOURCE", 8, priority=8, most=14),
+        Column("file", "FILE", 6, "right", 9),
+    )
+
+    def make_rows(self, snapshot: Snapshot) -> list[Row]:
+        return [model_row(model) for model in snapshot.models]
+
+    def notes(self) -> tuple[str, str]:
+        models = self.snapshot.models if self.snapshot else ()
+        running = sum(model.state is RunnerState.READY for model in models)
+        failed = sum(model.state is RunnerState.FAILED or bool(model.problem) for model in models)
+        counts = [f"{running} of {len(models)} loaded"] if models else []
+        if failed:
+            counts.append(f"✗ {failed} failed")
+        return " · ".join(counts), "  ".join(note for note in (self.filter_note(), self.position()) if note)
+
+    def below(self, width: int) -> Sequence[Line]:
+        """What is wrong: with the chosen model, or else with the first that has something."""
+        models = {model.name: model for model in self.snapshot.models} if self.snapshot else {}
+        chosen = models.get(self.cursor)
+        wrong = [model for model in models.values() if model.state is RunnerState.FAILED]
+        model = chosen if chosen and (chosen.problem or chosen.state is RunnerState.FAILED) else next(iter(wrong), None)
+        if model is None:
+            return ()
+        return trouble_lines(model, width)
+
+    def when_empty(self, width: int) -> Sequence[Line]:
+        return [
+            Line(),
+            Line.of(("  No models yet.", "strong")),
+            Line(),
+            Line.of(("  Put a .gguf file into ", "muted"), ("~/models", "accent"), (", or:", "muted")),
+            Line.of(("    llamarunner init    ", "accent"), ("writes a configuration for this machine", "muted")),
+            Line.of(("    llamarunner doctor  ", "accent"), ("says what was found and what is missing", "muted")),
+        ]
+
+    def wanted_height(self) -> int:
+        below = 2 if self.below(80) else 0
+        return max(_MIN_HEIGHT, len(self.rows) + 2 + below) if self.rows else _MIN_HEIGHT + 1
+
+
+def trouble_lines(model: ModelView, width: int) -> list[Line]:
+    problem = plain(model.problem or model.reason or "failed")
+    name = plain(model.name)
+    lines = [Line.of((" ✗ ", "bad-strong"), (f"{name}: ", "bad-strong"), (problem, "bad"))]
+    if model.hint:
+        lines.append(Line.of(("   → ", "accent"), (plain(model.hint), "")))
+    return [line.clipped(width - 1) for line in lines]
+
+
+def model_row(model: ModelView) -> Row:
+    state, style = words.model_state(model)
+    if model.problem and model.state is RunnerState.STOPPED:
+        state, style = "✗ unusable", "bad"
+    asleep = model.state is RunnerState.STOPPED
+    memory = (model.memory_bytes or 0) + (model.gpu_bytes or 0) or None
+    slots = f"{model.in_flight}/{model.slots}" if model.slots else words.NOTHING
+    soon = model.idle_left_s is not None and model.idle_left_s < 30
+    kind = " ".join(part for part in (model.parameter_size, model.quantization) if part)
+    name = plain(model.name)
+    cells = {
+        "name": Cell(name + (" •" if model.pinned else ""), "" if asleep else "strong", name.casefold()),
+        "state": Cell(state, style, list(RunnerState).index(model.state)),
+        "memory": Cell(words.size(memory), order=memory),
+        "context": Cell(words.tokens(model.context), order=model.context),
+        "slots": Cell(slots, "accent" if model.in_flight else "", model.in_flight if model.slots else None),
+        "rate": Cell(words.rate(model.tokens_per_s), order=model.tokens_per_s),
+        "idle": Cell(words.countdown(model.idle_left_s), "warn" if soon else "", _finite(model.idle_left_s)),
+        "queued": Cell(str(model.queued or words.NOTHING), "warn" if model.queued else "", model.queued),
+        "kind": Cell(plain(kind), "muted", kind),
+        "engine": Cell(plain(model.engine), "muted", model.engine),
+        "load": Cell(words.duration(model.load_s), order=model.load_s),
+        "source": Cell(plain(model.source), "muted", model.source),
+        "file": Cell(words.size(model.file_bytes or None), order=model.file_bytes or None),
+    }
+    search = " ".join((name, *model.aliases, str(model.state), state, model.engine, kind, model.source)).casefold()
+    return Row(model.name, cells, search, faded=asleep)
+
+
+def _finite(seconds: float | None) -> float | None:
+    return None if seconds is None or math.isinf(seconds) else seconds

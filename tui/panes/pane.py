@@ -1,0 +1,58 @@
+"""What the four panes share: a title rule that shows the focus, and a body of lines below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rich.cells import cell_len
+from textual import events
+
+from llamarunner.control.snapshot import Snapshot
+from tui.lines import Line, LineView, Span
+from tui.text import fit
+
+
+class Pane(LineView, can_focus=True):
+    NUMBER: ClassVar[int]
+    TITLE: ClassVar[str]
+    REVISION: ClassVar[str]  # its part of `Snapshot.revisions`
+
+    def __init__(self, *, ascii_only: bool = False) -> None:
+        super().__init__(id=self.TITLE.lower(), ascii_only=ascii_only)
+        self.snapshot: Snapshot | None = None
+        self.add_class("pane")
+
+    def show(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.repaint()
+
+    def body(self, width: int, height: int) -> Sequence[Line]:
+        raise NotImplementedError
+
+    def notes(self) -> tuple[str, str]:
+        """What stands in the title rule after the name, and at its right end."""
+        return "", ""
+
+    def draw(self, width: int, height: int) -> Sequence[Line]:
+        body = self.body(width, height - 1)  # first: the notes may tell of it
+        return [title_line(f"{self.NUMBER} {self.TITLE}", *self.notes(), width=width, focus=self.has_focus), *body]
+
+    def on_focus(self, event: events.Focus) -> None:
+        self.repaint()
+
+    def on_blur(self, event: events.Blur) -> None:
+        self.repaint()
+
+
+def title_line(title: str, note: str, right: str, *, width: int, focus: bool) -> Line:
+    rule, rule_style = ("━", "focus") if focus else ("─", "rule")
+    if cell_len(title) + cell_len(note) + cell_len(right) + 12 > width:
+        right = fit(right, max(0, width - cell_len(title) - 8)).rstrip() if not note else ""
+        note = fit(note, max(0, width - cell_len(title) - 8)).rstrip()
+    spans: list[Span] = [(rule, rule_style), (f" {title} ", "focus" if focus else "strong")]
+    if note:
+        spans.append((f" {note} ", "muted"))
+    tail: list[Span] = [(f" {right} ", "accent"), (rule, rule_style)] if right else []
+    used = sum(cell_len(text) for text, _ in (*spans, *tail))
+    return Line((*spans, (rule * max(0, width - used), rule_style), *tail))

@@ -1,0 +1,88 @@
+"""The requests: those being answered first, then the finished, newest first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llamarunner.control.snapshot import RequestView, Snapshot
+from tui import words
+from tui.lines import Line
+from tui.panes.table_pane import TablePane
+from tui.table import Cell, Column, Row
+from tui.text import plain
+
+
+class RequestsPane(TablePane):
+    NUMBER, TITLE, REVISION = 3, "Requests", "requests"
+    COLUMNS = (
+        Column("state", "STATUS", 9),
+        Column("client", "CLIENT", 13, priority=5, most=21),
+        Column("dialect", "DIALECT", 8, priority=3),
+        Column("model", "MODEL", 15, most=34),
+        Column("queue", "QUEUE", 5, "right", 6),
+        Column("load", "LOAD", 5, "right", 4),
+        Column("ttft", "TTFT", 5, "right", 2),
+        Column("total", "TOTAL", 5, "right", 1),
+        Column("tokens", "IN→OUT", 10, "right", 2),
+        Column("rate", "TOK/S", 5, "right", 1),
+        Column("endpoint", "ENDPOINT", 14, priority=7, most=24),
+        Column("at", "AT", 8, priority=8),
+        Column("prompt_rate", "PROMPT/S", 8, "right", 9),
+        Column("agent", "PROGRAM", 12, priority=10, most=30),
+    )
+
+    def make_rows(self, snapshot: Snapshot) -> list[Row]:
+        return [request_row(request) for request in snapshot.requests]
+
+    def notes(self) -> tuple[str, str]:
+        requests = self.snapshot.requests if self.snapshot else ()
+        live = sum(words.is_live(request) for request in requests)
+        note = f"{live} live · {len(requests) - live} finished" if requests else ""
+        return note, "  ".join(part for part in (self.filter_note(), self.position()) if part)
+
+    def when_empty(self, width: int) -> Sequence[Line]:
+        """Lines to paste, with the ports and a model of this very moment."""
+        snapshot = self.snapshot
+        ports = {p.name: f"{p.host or '127.0.0.1'}:{p.port}" for p in snapshot.proxies if p.running} if snapshot else {}
+        models = [plain(model.name) for model in snapshot.models if not model.problem] if snapshot else []
+        name = next(iter(models), "MODEL")
+        lines = [Line(), Line.of(("  No requests yet. In another terminal:", "strong")), Line()]
+        if "ollama" in ports:
+            lines.append(_paste(f"OLLAMA_HOST={ports['ollama']} ollama run '{name}' Hello"))
+        if where := ports.get("lmstudio") or ports.get("ollama"):
+            message = '[{"role":"user","content":"Hello"}]'
+            lines.append(_paste(f"curl -N http://{where}/v1/chat/completions -H 'Content-Type: application/json' \\"))
+            lines.append(_paste(f'''  -d '{{"model":"{name}","stream":true,"messages":{message}}}\''''))
+        if not ports:
+            lines.append(Line.of(("  No port is open: see the message at the top.", "bad")))
+        return lines
+
+
+def _paste(command: str) -> Line:
+    return Line.of((f"    {command}", "accent"))
+
+
+def request_row(request: RequestView) -> Row:
+    state, style = words.request_state(request)
+    live = words.is_live(request)
+    tokens = f"{words.tokens(request.prompt_tokens)}→{words.tokens(request.output_tokens)}"
+    cells = {
+        "state": Cell(state, style, str(request.status or request.phase)),
+        "client": Cell(plain(request.client), order=request.client),
+        "dialect": Cell(plain(request.dialect), order=request.dialect),
+        "model": Cell(plain(request.model), "strong" if live else "", request.model.casefold()),
+        "queue": Cell(words.duration(request.queue_s), order=request.queue_s),
+        "load": Cell(words.duration(request.load_s), order=request.load_s),
+        "ttft": Cell(words.duration(request.ttft_s), order=request.ttft_s),
+        "total": Cell(words.duration(request.total_s), order=request.total_s),
+        "tokens": Cell(tokens, order=request.output_tokens),
+        "rate": Cell(words.rate(request.output_tokens_per_s), order=request.output_tokens_per_s),
+        "endpoint": Cell(plain(request.endpoint), order=request.endpoint),
+        "at": Cell(words.clock(request.started_at), order=request.started_at),
+        "prompt_rate": Cell(words.rate(request.prompt_tokens_per_s), order=request.prompt_tokens_per_s),
+        "agent": Cell(plain(request.user_agent), order=request.user_agent),
+    }
+    search = " ".join(
+        (state, request.phase, request.client, request.dialect, request.model, request.endpoint, request.user_agent)
+    ).casefold()
+    return Row(str(request.request_id), cells, search, faded=not live)

@@ -1,0 +1,97 @@
+"""How states, sizes and times are said: a glyph and a word for each state, and a style to show both in."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from llamarunner.control.snapshot import ModelView, RequestPhase, RequestView, RunnerState
+from llamarunner.units import format_duration, format_size
+
+NOTHING = "–"
+
+_STATES = {
+    RunnerState.STOPPED: ("○", "muted"),
+    RunnerState.STARTING: ("◔", "warn"),
+    RunnerState.LOADING: ("◐", "warn"),
+    RunnerState.READY: ("●", "good"),
+    RunnerState.DRAINING: ("◕", "warn"),
+    RunnerState.STOPPING: ("◌", "warn"),
+    RunnerState.FAILED: ("✗", "bad"),
+}
+_PHASES = {
+    RequestPhase.QUEUED: ("◌", "queued", "warn"),
+    RequestPhase.LOADING: ("◐", "loading", "warn"),
+    RequestPhase.PROMPT: ("◔", "prompt", "accent"),
+    RequestPhase.STREAMING: ("●", "stream", "good"),
+    RequestPhase.DONE: ("✓", "done", "muted"),
+    RequestPhase.FAILED: ("✗", "failed", "bad"),
+    RequestPhase.CANCELLED: ("○", "client left", "muted"),
+}
+LIVE_PHASES = frozenset({RequestPhase.QUEUED, RequestPhase.LOADING, RequestPhase.PROMPT, RequestPhase.STREAMING})
+
+
+def model_state(model: ModelView) -> tuple[str, str]:
+    glyph, style = _STATES[model.state]
+    busy = model.state is RunnerState.READY and model.in_flight
+    return (f"{glyph} busy", "accent") if busy else (f"{glyph} {model.state}", style)
+
+
+def request_state(request: RequestView) -> tuple[str, str]:
+    """The phase, or the HTTP status it ended with."""
+    glyph, word, style = _PHASES[request.phase]
+    if request.phase in (RequestPhase.DONE, RequestPhase.FAILED) and request.status is not None:
+        failed = request.status >= 400 or request.phase is RequestPhase.FAILED
+        return f"{'✗' if failed else glyph} {request.status}", "bad" if failed else "good"
+    return f"{glyph} {word}", style
+
+
+def is_live(request: RequestView) -> bool:
+    return request.phase in LIVE_PHASES
+
+
+def size(size_bytes: float | None) -> str:
+    """ "18.2G": narrow enough for a table."""
+    if size_bytes is None:
+        return NOTHING
+    number, unit = format_size(size_bytes).split()
+    return f"{number}{unit[0]}"
+
+
+def tokens(count: int | None) -> str:
+    """ "32768" as "32k"; other numbers as they are up to 9999."""
+    if count is None:
+        return NOTHING
+    if count >= 10_000_000:
+        return f"{count / 1e6:.0f}M"
+    if count >= 1024 and count % 1024 == 0:
+        return f"{count // 1024}k"
+    return f"{count / 1000:.0f}k" if count >= 10_000 else str(count)
+
+
+def rate(per_second: float | None) -> str:
+    if per_second is None or not math.isfinite(per_second):
+        return NOTHING
+    return f"{per_second:.0f}" if per_second >= 99.95 else f"{per_second:.1f}"
+
+
+def duration(seconds: float | None) -> str:
+    return NOTHING if seconds is None else format_duration(seconds)
+
+
+def countdown(seconds: float | None) -> str:
+    if seconds is None:
+        return NOTHING
+    return "never" if math.isinf(seconds) else format_duration(max(0, math.ceil(seconds)))
+
+
+def percent(fraction: float | None) -> str:
+    return NOTHING if fraction is None else f"{fraction * 100:.0f}%"
+
+
+def clock(at: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(at))
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
