@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 USAGE, BAD_CONFIG, NOTHING_SERVED = 2, 3, 4
 
-_HELP = """Serve local language models to Ollama, LM Studio, OpenAI and Anthropic clients, and watch it live in the terminal.
+_HELP = """Serve local language models to Ollama, LM Studio and OpenAI clients, and watch it live in the terminal.
 
 Without a command: opens the control center and serves Ollama's dialect on 11434 and LM Studio's on 1234.
 """
@@ -174,7 +174,7 @@ def serve(
     raise typer.Exit(run(loaded, tui=not headless))
 
 
-@app.command()
+@app.command(short_help="Validate the configuration.")
 def check(
     ctx: typer.Context,
     config: ConfigOption = None,
@@ -202,7 +202,7 @@ def check(
         raise typer.Exit(BAD_CONFIG)
 
 
-@app.command()
+@app.command(short_help="Write a configuration for this machine.")
 def init(
     path: Annotated[
         Path | None, typer.Argument(metavar="[PATH]", help="Where to write it; the usual place if not said.")
@@ -240,10 +240,10 @@ def models(
         typer.echo(as_table(catalog))
     else:
         folders = ", ".join(str(folder) for folder in loaded.config.discovery.folders) or "no folder at all"
-        _complain("there are no models", f"put .gguf files into a folder of discovery.folders ({folders})")
+        typer.echo(f"there are no models; put .gguf files into a folder of discovery.folders ({folders})", err=True)
 
 
-@app.command()
+@app.command(short_help="Ask a model once, on the command line.")
 def ask(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="Name or alias of a model; `llamarunner models` lists them.")],
@@ -263,7 +263,7 @@ def ask(
     raise typer.Exit(ask_model(loaded, model, text, system=system, as_json=as_json))
 
 
-@app.command()
+@app.command(short_help="Report what was found, what is missing, what would help.")
 def doctor(
     ctx: typer.Context, config: ConfigOption = None, profile: ProfileOption = None, as_json: JsonOption = False
 ) -> None:

@@ -149,6 +149,8 @@ def _configuration(loaded: LoadedConfig) -> Iterator[Item]:
     else:
         yield Item("configuration", "file", Status.OK, f"{loaded.path}{profile}")
     for problem in loaded.warnings:
+        if problem.key.endswith(".path"):
+            continue  # told once, with the model
         yield Item("configuration", problem.place, Status.WARN, f"{problem.key}: {problem.message}")
 
 
@@ -236,7 +238,8 @@ def _models(loaded: LoadedConfig) -> Iterator[Item]:
         yield Item("models", "none", Status.WARN, f"nothing was found in {folders}", remedy)
     for model in catalog:
         if model.problem:
-            yield Item("models", model.name, Status.WARN, f"{model.problem} ({model.path})", model.hint)
+            where = "" if str(model.path) in model.problem else f" ({model.path})"
+            yield Item("models", model.name, Status.WARN, model.problem + where, model.hint)
         else:
             about = ", ".join(part for part in (model.details.parameter_size, model.details.quantization) if part)
             size = format_size(model.size_bytes) + (f", {about}" if about else "")

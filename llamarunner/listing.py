@@ -15,8 +15,7 @@ def as_records(catalog: Catalog) -> list[dict[str, Any]]:
 
 def as_table(catalog: Catalog) -> str:
     """A line for each model: name, size, what it is, its aliases, and below it why it cannot run, if so."""
-    rows = [("NAME", "SIZE", "MODEL", "ENGINE", "ALIASES")]
-    rows += [_row(model) for model in catalog]
+    rows = [("NAME", "SIZE", "MODEL", "ENGINE", "ALIASES"), *(_row(model) for model in catalog)]
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     notes: list[list[str]] = [[], *(_notes(model) for model in catalog)]
     lines = []

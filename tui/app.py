@@ -31,7 +31,6 @@ from tui.settings import ControlCenterSettings
 from tui.text import plain
 from tui.theme import load_themes, shipped_themes
 
-
 __all__ = ["ControlCenter", "ControlCenterSettings", "Ending"]
 
 logger = logging.getLogger(__name__)
@@ -95,15 +94,14 @@ class ControlCenter(App[None]):
                 size=size,
                 auto_pilot=auto_pilot,
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # the boundary: the servers in the same loop go on
             self._note_crash(error)
         finally:
             loop.set_task_factory(self._task_factory)
 
     def on_load(self) -> None:
         # from Python 3.12 on Textual gives the loop eager tasks; it is not Textual's loop alone
-        if self._task_factory is not None or hasattr(asyncio, "eager_task_factory"):
-            asyncio.get_running_loop().set_task_factory(self._task_factory)
+        asyncio.get_running_loop().set_task_factory(self._task_factory)
         self._load_themes()
 
     def get_default_screen(self) -> Screen[None]:
@@ -265,6 +263,8 @@ class ControlCenter(App[None]):
         match answer:
             case "quit" | "detach":
                 self.leave(answer)
+            case _:
+                pass
 
     # Loading and unloading
 

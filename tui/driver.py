@@ -10,10 +10,11 @@ import os
 import select
 import selectors
 import signal
+import sys
 import termios
 import threading
-from collections import deque
 from codecs import getincrementaldecoder
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,16 @@ class TerminalWriter:
             return text
 
 
+def _terminal_fd() -> int:
+    """Of standard output, unless only another stream is a terminal. (Textual writes to standard error, which people
+    send to a file.)"""
+    streams = [stream for stream in (sys.__stdout__, sys.__stderr__, sys.__stdin__) if stream is not None]
+    for stream in streams:
+        if stream.isatty():
+            return stream.fileno()
+    raise OSError("there is no terminal")
+
+
 class TerminalDriver(LinuxDriver):
     """`app` may have `ascii_only` and `drop_screen`, as `ControlCenter` has."""
 
@@ -128,8 +139,9 @@ class TerminalDriver(LinuxDriver):
     ) -> None:
         self._handlers_before = {number: signal.getsignal(number) for number in (*_JOB_CONTROL, signal.SIGCONT)}
         super().__init__(app, debug=debug, mouse=mouse, size=size)
+        self._fd = _terminal_fd()
         self._output = TerminalWriter(
-            self._file.fileno(),
+            self._fd,
             lambda: self._post(app.refresh),
             ascii_only=bool(getattr(app, "ascii_only", False)),
         )
@@ -151,7 +163,7 @@ class TerminalDriver(LinuxDriver):
     def _get_terminal_size(self) -> tuple[int, int]:
         """Of the terminal itself: COLUMNS and LINES of the environment do not change when it is resized."""
         try:
-            width, height = os.get_terminal_size(self._file.fileno())
+            width, height = os.get_terminal_size(self._fd)
         except OSError:
             return 80, 24
         return (width or 80), (height or 24)
@@ -160,7 +172,7 @@ class TerminalDriver(LinuxDriver):
 
     def start_application_mode(self) -> None:
         self._output.start()
-        super().start_application_mode()  # its own writer thread is started too, and never given anything
+        super().start_application_mode()  # type: ignore[no-untyped-call]  # its own writer thread is started too, and never given anything
         if self._key_thread is None:
             self._post(self._lost)
         for number in _JOB_CONTROL:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tui.lines import Line, Span
@@ -32,8 +32,7 @@ class Row:
     key: str
     cells: Mapping[str, Cell]
     search: str = ""
-    faded: bool = False
-    facts: Mapping[str, str] = field(default_factory=dict)
+    faded: bool = False  # cells without a style of their own are muted
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class Sort:
 
 
 def fit_columns(columns: Sequence[Column], width: int, gap: int) -> list[Fitted]:
-    """Drop columns by priority until the rest fits; what is left over goes to those that may grow, in turn."""
+    """Drop columns by priority until the rest fits; what is left over goes to those that may grow."""
     kept = list(columns)
     while kept and (needed := sum(c.width for c in kept) + gap * (len(kept) - 1)) > width:
         last = max(kept, key=lambda column: (column.priority, columns.index(column)))
@@ -59,10 +58,10 @@ def fit_columns(columns: Sequence[Column], width: int, gap: int) -> list[Fitted]
     needed = sum(c.width for c in kept) + gap * max(0, len(kept) - 1)
     spare = width - needed
     widths = {column.key: column.width for column in kept}
-    for column in kept:
-        more = max(0, min(spare, column.most - column.width))
-        widths[column.key] += more
-        spare -= more
+    while spare > 0 and (growing := [column for column in kept if widths[column.key] < column.most]):
+        for column in growing[:spare]:
+            widths[column.key] += 1
+            spare -= 1
     if spare < 0 and kept:  # even the indispensable ones are too wide: the first gives way
         widths[kept[0].key] = max(1, kept[0].width + spare)
     return [Fitted(column, widths[column.key]) for column in kept]
@@ -80,21 +79,19 @@ def select_rows(rows: Iterable[Row], needle: str, sort: Sort) -> list[Row]:
 
 def header_line(fitted: Sequence[Fitted], sort: Sort, gap: int) -> Line:
     spans: list[Span] = [(" ", "")]
-    for index, item in enumerate(fitted):
+    for item in fitted:
         column = item.column
         mark = ("▼" if sort.reverse else "▲") if column.key == sort.key else ""
-        spans.append((fit(column.title + mark, item.width, column.align), "accent" if mark else "title"))
-        if index < len(fitted) - 1:
-            spans.append((" " * gap, ""))
+        text = fit(column.title + mark, item.width, column.align) + " " * gap
+        spans.append((text, "accent" if mark else "title"))
     return Line(tuple(spans))
 
 
 def row_line(row: Row, fitted: Sequence[Fitted], gap: int, background: str) -> Line:
     spans: list[Span] = [("▌" if background == "cursor" else " ", "focus")]
-    for index, item in enumerate(fitted):
+    for item in fitted:
         cell = row.cells[item.column.key]
         style = "muted" if row.faded and not cell.style else cell.style
-        spans.append((fit(cell.text, item.width, item.column.align), style))
-        if index < len(fitted) - 1:
-            spans.append((" " * gap, ""))
+        # the gap belongs to its cell: a span of its own would cost 25 bytes of colours
+        spans.append((fit(cell.text, item.width, item.column.align) + " " * gap, style))
     return Line(tuple(spans), background)

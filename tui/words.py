@@ -26,7 +26,7 @@ _PHASES = {
     RequestPhase.STREAMING: ("●", "stream", "good"),
     RequestPhase.DONE: ("✓", "done", "muted"),
     RequestPhase.FAILED: ("✗", "failed", "bad"),
-    RequestPhase.CANCELLED: ("○", "client left", "muted"),
+    RequestPhase.CANCELLED: ("○", "cancelled", "muted"),
 }
 LIVE_PHASES = frozenset({RequestPhase.QUEUED, RequestPhase.LOADING, RequestPhase.PROMPT, RequestPhase.STREAMING})
 
@@ -55,7 +55,7 @@ def size(size_bytes: float | None) -> str:
     if size_bytes is None:
         return NOTHING
     number, unit = format_size(size_bytes).split()
-    return f"{number}{unit[0]}"
+    return f"{float(number):.0f}{unit[0]}" if len(number) > 4 else f"{number}{unit[0]}"
 
 
 def tokens(count: int | None) -> str:

@@ -292,6 +292,8 @@ def _value(cursor: _Cursor, code: int, *, keep: bool, depth: int) -> Any:
             return [cursor.read(scalar)[0] for _ in range(count)]
         cursor.skip(count * scalar.size)
         return None
+    if item not in (_STRING, _ARRAY):
+        raise _Damaged(f"damaged: a list of the unknown type {item}")
     if item == _STRING and not keep:
         cursor.skip_strings(count)
         return None

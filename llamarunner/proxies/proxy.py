@@ -75,6 +75,10 @@ class HttpProxy:
         return self.dialect.title
 
     @property
+    def is_enabled(self) -> bool:
+        return self.config.enabled
+
+    @property
     def is_running(self) -> bool:
         return self._runner is not None
 

@@ -35,10 +35,15 @@ def serve() -> None:
 
 def _stop(groups: dict[int, str]) -> None:
     _signal(groups, signal.SIGTERM)
+    _repeat(groups, 0)
+    _repeat(groups, signal.SIGKILL)
+
+
+def _repeat(groups: dict[int, str], number: int) -> None:
+    """Until nobody is left, or the grace is over."""
     deadline = time.monotonic() + _GRACE_S
-    while time.monotonic() < deadline and _signal(groups, 0):
+    while _signal(groups, number) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    _signal(groups, signal.SIGKILL)
 
 
 def _signal(groups: dict[int, str], number: int) -> bool:

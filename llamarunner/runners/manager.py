@@ -279,6 +279,12 @@ class RunnerManager:
         )
 
     @property
+    def pids(self) -> list[int]:
+        """Of the engine processes there are."""
+        runners = (place.runner for place in self._places.values())
+        return [runner.pid for runner in runners if runner is not None and runner.pid is not None]
+
+    @property
     def loaded(self) -> list[Model]:
         """The models whose runner is ready to answer."""
         return [

@@ -27,6 +27,7 @@ _BLOCK_BYTES = 64 * 1024
 _LAST_BLOCKS = 64  # read at most so many after the end: a grandchild may go on writing for ever
 _POLL_S = 0.05
 _KILL_S = 10.0  # SIGKILL cannot be refused, but a driver can keep a process from ending
+_CLEAN_LOOKS = 2  # in a row: one look at all processes can miss a fork that happens meanwhile
 _TAG = "LLAMARUNNER_ENGINE"  # in the environment of the process, and so of whatever it starts
 _PR_SET_PDEATHSIG = 1
 # looked up here: between fork and exec nothing may be imported or allocated that another thread could hold a lock of
@@ -176,6 +177,8 @@ class EngineProcess:
             await self._clean_up()
 
     async def _terminate(self) -> None:
+        if self._grace_s <= 0:
+            return
         family = await asyncio.to_thread(self._family)
         deadline = self._loop.time() + self._grace_s
         self._signal_group(signal.SIGTERM)
@@ -190,19 +193,21 @@ class EngineProcess:
 
     async def _clean_up(self) -> None:
         """After SIGKILL to the group: whoever left the group, the zombie, the pipe."""
-        deadline = self._loop.time() + _KILL_S
-        while (family := await asyncio.to_thread(self._family)) and self._loop.time() < deadline:
+        deadline, clean = self._loop.time() + _KILL_S, 0
+        while clean < _CLEAN_LOOKS and self._loop.time() < deadline:
+            family = await asyncio.to_thread(self._family)
             for member in family:
                 _signal_process(member, signal.SIGKILL)
-            await asyncio.sleep(_POLL_S)
+            if family:
+                await asyncio.sleep(_POLL_S)
+            clean = 0 if family else clean + 1
         done, _ = await asyncio.wait({self._ended}, timeout=max(deadline - self._loop.time(), _POLL_S))
         self._close_pipe()
-        if done and not family:
+        if done and clean:
             self._popen.wait()  # reaps at once
             self._guardian.remove(self.pid)
         else:
-            left = [member.pid for member in family] or [self.pid]
-            logger.error("engine processes %s do not end after SIGKILL; left to the guardian", left)
+            logger.error("engine process %d or what it started does not end after SIGKILL", self.pid)
 
     def _signal_group(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

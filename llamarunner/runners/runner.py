@@ -126,6 +126,8 @@ class Runner:
         if self._loading.cancelled():
             raise self._unloaded() from self.error
         self._loading.result()
+        if self._stopping is not None:
+            raise self._unloaded()
 
     def drain(self, reason: str) -> None:
         """Take no new leases; without effect unless it is ready."""
@@ -163,7 +165,8 @@ class Runner:
         self.context, self.slots = props.context, props.slots
         self.load_s = time.monotonic() - begun
         self._become(RunnerState.READY, f"loaded in {format_duration(self.load_s)}")
-        self._watching = asyncio.create_task(self._watch(), name=f"watch {self.model.name}")
+        assert self._process is not None  # it answers
+        self._watching = asyncio.create_task(self._watch(self._process), name=f"watch {self.model.name}")
 
     async def _bring_up(self) -> Props:
         for attempt in itertools.count(1):
@@ -208,7 +211,7 @@ class Runner:
         finally:
             polling.cancel()
             ended.cancel()
-            await asyncio.wait({polling, ended})
+            await asyncio.gather(polling, ended, return_exceptions=True)
 
     async def _poll(self, plan: LaunchPlan, process: EngineProcess) -> Props:
         """Until it is ready. Raises StrangerError, and LoadError where there is no progress for too long."""
@@ -264,10 +267,8 @@ class Runner:
 
     # --- end -------------------------------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
+    async def _watch(self, process: EngineProcess) -> None:
         """While it is ready."""
-        process = self._process
-        assert process is not None  # it is ready
         code = await process.wait()
         if self.state is not RunnerState.READY and self.state is not RunnerState.DRAINING:
             return  # `stop` ended it

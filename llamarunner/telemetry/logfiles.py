@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -172,7 +173,11 @@ class RotatedFile:
     def _open(self) -> int:
         if self._fd is None:
             fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            self._fd, self._size = fd, os.fstat(fd).st_size
+            self._fd = fd
+            status = os.fstat(fd)
+            if stat.S_ISREG(status.st_mode) and status.st_mode & 0o077:
+                os.fchmod(fd, 0o600)  # it was there before us
+            self._size = status.st_size
         return self._fd
 
     def _rotate(self) -> None:
@@ -189,7 +194,7 @@ def safe_name(source: str) -> str:
     go, a few digits of a hash keep two models apart."""
     kept = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in source)
     kept = kept.encode("utf-8", errors="replace")[:_MAX_NAME].decode("utf-8", errors="ignore")
-    if kept == source and not kept.startswith("."):
+    if kept and kept == source and not kept.startswith("."):
         return kept
     digest = hashlib.blake2b(source.encode("utf-8", errors="surrogatepass"), digest_size=4).hexdigest()
     return f"{kept.lstrip('.')}-{digest}"

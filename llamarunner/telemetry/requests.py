@@ -118,7 +118,8 @@ class RequestLog:
     def tokens_per_s(self) -> float:
         """Of all answers being streamed now. Ask about once a second."""
         for trace in self._live.values():
-            self._stream_rate.gain(trace)
+            if trace.stream:
+                self._stream_rate.gain(trace)
         return self._stream_rate.rate(self._clock())
 
     def last_rate(self, model: str) -> float | None:

@@ -62,7 +62,7 @@ def busy_models() -> tuple[ModelView, ...]:
             "--parallel", "4", "--n-gpu-layers", "999", "--cache-type-k", "q8_0")  # fmt: skip
     return (
         model("qwen3-14b", RunnerState.READY, reason="asked for by a request", gpu_bytes=int(11.3 * GIB),
-              memory_bytes=int(0.9 * GIB), context=32768, slots=4, in_flight=3, queued=1, tokens_per_s=58.4, state_s=4210.0,
+              memory_bytes=int(0.9 * GIB), context=32768, slots=4, in_flight=3, queued=1, tokens_per_s=58.4, state_s=42.0,
               load_s=6.8, pid=41822, port=40213, argv=argv, parameter_size="14.8B", aliases=("qwen",), pinned=True),
         model("llama-3.2-3b-instruct", RunnerState.READY, gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.4 * GIB),
               context=8192, slots=8, in_flight=1, tokens_per_s=142.7, state_s=95.0, load_s=2.1, pid=41901, port=40377,

@@ -89,7 +89,7 @@ class HardwarePane(Pane):
         spans: list[Span] = [(" ", ""), (label, "strong"), (" ", ""), (filled, _bar_style(gpu)), (empty, "rule")]
         spans += [(tail, ""), *figures]
         if graph:
-            spans += [(" ", ""), (history(list(self._history[f"gpu{gpu.index}"]), graph)[0], "primary")]
+            spans += [(" ", ""), (history(list(self._history[f"gpu{gpu.index}"]), graph)[0], "good")]
         return Line(tuple(spans))
 
     def _gpu_figures(self, gpu: GpuView) -> list[Span]:
@@ -107,7 +107,9 @@ class HardwarePane(Pane):
     def _gpu_block(self, gpu: GpuView, width: int, depth: int) -> list[Line]:
         figures = self._gpu_figures(gpu)
         right = sum(cell_len(text) for text, _ in figures)
-        label = fit(f"{gpu.index} {plain(gpu.name)}", max(4, width - right - 3))
+        room = max(4, width - right - 3)
+        name = plain(gpu.name) if cell_len(gpu.name) + 3 <= room else _short_name(gpu.name)
+        label = fit(f"{gpu.index} {name}", room)
         memory = f" {_figure(gpu.used_bytes)}/{words.size(gpu.total_bytes)}"
         filled, empty = bar(_share(gpu.used_bytes, gpu.total_bytes), max(4, width - 2 - len(memory)))
         lines = [
@@ -117,18 +119,16 @@ class HardwarePane(Pane):
         if depth > 2:
             values = list(self._history[f"gpu{gpu.index}"])
             graph = history(values, max(4, width - 2), depth - 2)
-            lines += [Line.of((" ", ""), (row, "primary")) for row in graph]
+            lines += [Line.of((" ", ""), (row, "good")) for row in graph]
         return lines
 
     def _host_rows(self, host: HostView, width: int) -> list[Line]:
         memory = _share(host.memory_used_bytes, host.memory_total_bytes)
         load = "" if host.load_1m is None else f"load {host.load_1m:.1f}"
-        cores = words.plural(host.cores, "core") if host.cores else ""
+        note = load if width < 60 else " ".join(filter(None, (words.plural(host.cores, "core"), load)))
         sizes = f"{_figure(host.memory_used_bytes)}/{words.size(host.memory_total_bytes)}"
         return [
-            self._host_row(
-                "CPU", host.cpu or 0.0, words.percent(host.cpu), " ".join(filter(None, (cores, load))), width
-            ),
+            self._host_row("CPU", host.cpu or 0.0, words.percent(host.cpu), note, width),
             self._host_row("RAM", memory, words.percent(memory), sizes, width),
         ]
 
@@ -140,7 +140,7 @@ class HardwarePane(Pane):
         spans: list[Span] = [(" ", ""), (label, "title"), (" ", ""), (filled, _share_style(share)), (empty, "rule")]
         spans += [(f" {figure:>4} ", "strong"), (fit(note, note_width, "right"), "")]
         if graph:
-            spans += [(" ", ""), (history(list(self._history[label.lower()]), graph)[0], "primary")]
+            spans += [(" ", ""), (history(list(self._history[label.lower()]), graph)[0], "good")]
         return Line(tuple(spans))
 
     def _host_block(self, host: HostView, width: int, height: int) -> list[Line]:
@@ -150,7 +150,7 @@ class HardwarePane(Pane):
         lines: list[Line] = []
         for line, name in ((cpu, "cpu"), (ram, "ram")):
             lines.append(line)
-            lines += [Line.of((" ", ""), (row, "primary")) for row in history(
+            lines += [Line.of((" ", ""), (row, "good")) for row in history(
                 list(self._history[name]), max(4, width - 2), depth)] if depth else []  # fmt: skip
             lines.append(Line())
         if host.gpu_note:
@@ -163,7 +163,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _share_style(share: float) -> str:
-    return "bad" if share >= _FULL else "good"
+    return "warn" if share >= _FULL else "primary"
 
 
 def _bar_style(gpu: GpuView) -> str:

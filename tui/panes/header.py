@@ -34,9 +34,12 @@ class Troubles(LineView):
 
     def show(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self.display = bool(troubles(snapshot))
         self.styles.height = len(troubles(snapshot)) or 1
         self.repaint()
+
+    @property
+    def wanted(self) -> bool:
+        return self.snapshot is not None and bool(troubles(self.snapshot))
 
     def draw(self, width: int, height: int) -> Sequence[Line]:
         return [line.clipped(width) for line in troubles(self.snapshot)] if self.snapshot else []

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from rich.cells import cell_len
-from textual import events
 
 from llamarunner.control.snapshot import Snapshot
 from tui.lines import Line, LineView, Span
@@ -38,10 +37,8 @@ class Pane(LineView, can_focus=True):
         body = self.body(width, height - 1)  # first: the notes may tell of it
         return [title_line(f"{self.NUMBER} {self.TITLE}", *self.notes(), width=width, focus=self.has_focus), *body]
 
-    def on_focus(self, event: events.Focus) -> None:
-        self.repaint()
-
-    def on_blur(self, event: events.Blur) -> None:
+    def watch_has_focus(self, has_focus: bool) -> None:
+        super().watch_has_focus(has_focus)
         self.repaint()
 
 

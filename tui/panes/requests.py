@@ -15,10 +15,10 @@ from tui.text import plain
 class RequestsPane(TablePane):
     NUMBER, TITLE, REVISION = 3, "Requests", "requests"
     COLUMNS = (
-        Column("state", "STATUS", 9),
+        Column("state", "STATUS", 11),
         Column("client", "CLIENT", 13, priority=5, most=21),
         Column("dialect", "DIALECT", 8, priority=3),
-        Column("model", "MODEL", 15, most=34),
+        Column("model", "MODEL", 20, most=34),
         Column("queue", "QUEUE", 5, "right", 6),
         Column("load", "LOAD", 5, "right", 4),
         Column("ttft", "TTFT", 5, "right", 2),
@@ -65,13 +65,14 @@ def _paste(command: str) -> Line:
 def request_row(request: RequestView) -> Row:
     state, style = words.request_state(request)
     live = words.is_live(request)
-    tokens = f"{words.tokens(request.prompt_tokens)}→{words.tokens(request.output_tokens)}"
+    counts = (request.prompt_tokens, request.output_tokens)
+    tokens = words.NOTHING if counts == (None, None) else "→".join(map(words.tokens, counts))
     cells = {
         "state": Cell(state, style, str(request.status or request.phase)),
         "client": Cell(plain(request.client), order=request.client),
         "dialect": Cell(plain(request.dialect), order=request.dialect),
         "model": Cell(plain(request.model), "strong" if live else "", request.model.casefold()),
-        "queue": Cell(words.duration(request.queue_s), order=request.queue_s),
+        "queue": Cell(words.duration(request.queue_s or None), order=request.queue_s),
         "load": Cell(words.duration(request.load_s), order=request.load_s),
         "ttft": Cell(words.duration(request.ttft_s), order=request.ttft_s),
         "total": Cell(words.duration(request.total_s), order=request.total_s),

@@ -62,9 +62,9 @@ class TablePane(Pane):
 
     def show(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self.arrange()
+        self.rearrange()
 
-    def arrange(self) -> None:
+    def rearrange(self) -> None:
         """Filter, sort and keep the cursor on its row, then repaint."""
         if self.snapshot is None:
             return
@@ -132,11 +132,11 @@ class TablePane(Pane):
         choices = ["", *self._shown_columns]
         now = choices.index(self.sort.key) if self.sort.key in choices else 0
         self.sort = Sort(choices[(now + 1) % len(choices)], self.sort.reverse)
-        self.arrange()
+        self.rearrange()
 
     def action_reverse(self) -> None:
         self.sort = Sort(self.sort.key, not self.sort.reverse)
-        self.arrange()
+        self.rearrange()
 
     def action_open(self) -> None:
         if self.selected is not None:
@@ -144,7 +144,7 @@ class TablePane(Pane):
 
     def set_needle(self, needle: str) -> None:
         self.needle = needle
-        self.arrange()
+        self.rearrange()
 
     def on_click(self, event: events.Click) -> None:
         index = self._top + event.y - 2  # below the title and the header

@@ -43,11 +43,10 @@ class ChoiceView(LineView, can_focus=True):
         lines += [Line()] if self._text else []
         for index, option in enumerate(self.options):
             on = index == self.chosen
-            label = fit(f" {option.key}  {option.label}", inner)
-            lines.append(
-                Line.of(("  ", ""), ("▸" if on else " ", "focus"), (label[:-1], option.style or ("strong" if on else "")),
-                        row="cursor" if on else "")
-            )  # fmt: skip
+            label = fit(f" {option.key}  {option.label}", inner - 1)
+            style = option.style or ("strong" if on else "")
+            spans = (("  ", ""), ("▸" if on else " ", "focus"), (label, style))
+            lines.append(Line(spans, "cursor" if on else ""))
         return [*lines, Line()]
 
     def draw(self, width: int, height: int) -> Sequence[Line]:
@@ -55,9 +54,9 @@ class ChoiceView(LineView, can_focus=True):
 
     def fit_into(self, width: int, height: int) -> None:
         longest = max(map(cell_len, (self._title, *self._text, *(f"    {o.label}  " for o in self.options))), default=0)
-        self.styles.width = min(_WIDEST, width - 2, longest + 8)
-        inner = int(self.styles.width.value) - 2
-        self.styles.height = min(height, len(self.lines(inner)) + 2)
+        across = max(10, min(_WIDEST, width - 2, longest + 8))
+        self.styles.width = across
+        self.styles.height = min(height, len(self.lines(across - 2)) + 2)
 
 
 class Choice(ModalScreen[str]):
@@ -89,18 +88,22 @@ class Choice(ModalScreen[str]):
         for option in self._options:
             if event.character == option.key:
                 event.stop()
-                self.dismiss(option.value)
+                self.give(option.value)
                 return
+
+    def give(self, value: str) -> None:
+        if self.is_current:  # a second key may come before the screen is gone
+            _ = self.dismiss(value)
 
     def action_move(self, step: int) -> None:
         self.view.chosen = (self.view.chosen + step) % len(self._options)
         self.view.repaint()
 
     def action_choose(self) -> None:
-        self.dismiss(self._options[self.view.chosen].value)
+        self.give(self._options[self.view.chosen].value)
 
     def action_cancel(self) -> None:
-        self.dismiss("")
+        self.give("")
 
 
 def _words(text: str, width: int) -> list[str]:

@@ -95,7 +95,8 @@ class Detail(Screen[None]):
         self.view.show(self._facts(snapshot))
 
     def action_close(self) -> None:
-        self.dismiss()
+        if self.is_current:  # a second key may come before the screen is gone
+            _ = self.dismiss()
 
     def action_scroll_by(self, step: int) -> None:
         self.view.scroll_by(step)

@@ -36,7 +36,9 @@ _HINTS: dict[str, tuple[Hint, ...]] = {
         ("⏎", "details"), ("L", "load"), ("U", "unload"), ("/", "filter"), ("s", "sort"), ("1-4", "panes"),
         ("z", "zoom"), ("^p", "commands"),
     ),
-    layout.REQUESTS: (("⏎", "details"), ("/", "filter"), ("s", "sort"), ("1-4", "panes"), ("z", "zoom"), ("^p", "commands")),
+    layout.REQUESTS: (
+        ("⏎", "details"), ("/", "filter"), ("s", "sort"), ("1-4", "panes"), ("z", "zoom"), ("^p", "commands"),
+    ),
     layout.LOGS: (
         ("[ ]", "source"), ("p", "pause"), ("/", "search"), ("n", "next"), ("f", "follow"), ("w", "wrap"),
         ("1-4", "panes"), ("z", "zoom"),
@@ -53,7 +55,7 @@ class TooSmall(LineView):
 class MainScreen(Screen[None]):
     HORIZONTAL_BREAKPOINTS = layout.WIDTHS
     VERTICAL_BREAKPOINTS = layout.HEIGHTS
-    AUTO_FOCUS = None
+    AUTO_FOCUS = ""  # `activate` says where the focus is
     BINDINGS: ClassVar[list[BindingType]] = [
         *(
             Binding(str(index + 1), f"pane('{name}')", name.title(), show=False)
@@ -102,25 +104,29 @@ class MainScreen(Screen[None]):
         return cast("ControlCenter", self.app)
 
     def on_mount(self) -> None:
-        self.arrange(self.app.size.width, self.app.size.height)
+        self.fit(self.app.size.width, self.app.size.height)
         self.activate(self.active)
 
     def on_resize(self, event: events.Resize) -> None:
-        self.arrange(event.size.width, event.size.height)
+        self.fit(event.size.width, event.size.height)
 
     # Data
 
     def show(self, snapshot: Snapshot) -> None:
-        for part in (self.header, self.troubles, *self.panes.values()):
-            part.show(snapshot)
+        self.header.show(snapshot)
+        self.troubles.show(snapshot)
+        self.troubles.display = self.troubles.wanted and not self.too_small.display
+        for pane in self.panes.values():
+            pane.show(snapshot)
         rows = (self.hardware.compact_rows(), self.models.wanted_height())
         if rows != (self._hardware_rows, self._models_rows):
-            self.arrange(self.app.size.width, self.app.size.height)
+            self.fit(self.app.size.width, self.app.size.height)
 
     # Layout
 
-    def arrange(self, width: int, height: int) -> None:
+    def fit(self, width: int, height: int) -> None:
         mode = layout.mode_for(width, height)
+        self.set_class(self.zoomed, "-zoomed")
         shown = layout.visible_panes(mode, self.active, self.lower, self.zoomed)
         for name, pane in self.panes.items():
             pane.display = name in shown
@@ -128,9 +134,9 @@ class MainScreen(Screen[None]):
         self.bottom.display = bool(shown & {layout.REQUESTS, layout.LOGS})
         tiny = mode is layout.Mode.TINY
         self.too_small.display = tiny
-        self.header.display = self.footer.display = not tiny
-        if tiny:
-            self.troubles.display = False
+        self.header.display = not tiny
+        self.footer.display = not tiny and not self.filter.display
+        self.troubles.display = not tiny and self.troubles.wanted
         self._hardware_rows, self._models_rows = self.hardware.compact_rows(), self.models.wanted_height()
         compact = mode is layout.Mode.COMPACT and not self.zoomed
         self.top.styles.height = "auto" if compact else None
@@ -141,7 +147,7 @@ class MainScreen(Screen[None]):
         self.active = name
         if name in (layout.REQUESTS, layout.LOGS):
             self.lower = name
-        self.arrange(self.app.size.width, self.app.size.height)
+        self.fit(self.app.size.width, self.app.size.height)
         self.footer.show(_HINTS[name])
         self.set_focus(self.panes[name], scroll_visible=False)
         self.panes[name].repaint()

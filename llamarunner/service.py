@@ -1,0 +1,202 @@
+"""Service: everything but the screen, made of one configuration. A part that cannot start leaves the others going."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+import aiohttp
+
+from llamarunner.catalog.catalog import Catalog
+from llamarunner.catalog.stores import discover
+from llamarunner.config.load import LoadedConfig
+from llamarunner.control.backend import Backend
+from llamarunner.control.local import LocalBackend, Sources
+from llamarunner.engines.registry import make_engines
+from llamarunner.errors import LlamaRunnerError
+from llamarunner.events import Event, EventBus, RunnerChanged
+from llamarunner.instance import InstanceFile
+from llamarunner.proxies.lmstudio.dialect import LMStudioDialect
+from llamarunner.proxies.ollama.dialect import OllamaDialect
+from llamarunner.proxies.proxy import HttpProxy
+from llamarunner.proxies.relay import Relay, upstream_session
+from llamarunner.runners.guardian import Guardian
+from llamarunner.runners.manager import RunnerManager
+from llamarunner.telemetry.hardware import HardwareSampler
+from llamarunner.telemetry.logs import LogBook
+from llamarunner.telemetry.requests import RequestLog
+
+logger = logging.getLogger(__name__)
+
+_RESCAN_S = 5.0  # a model file put into a folder is there within this time
+
+
+class NothingServedError(LlamaRunnerError):
+    """Not one proxy could start."""
+
+    code = "nothing_served"
+
+
+class Service:
+    """`start`, then `stop` once; both on the same event loop. `logs` belongs to the caller, who may outlive us."""
+
+    def __init__(self, loaded: LoadedConfig, logs: LogBook, *, is_announced: bool = True) -> None:
+        """`is_announced`: whether other commands shall find this program."""
+        self._loaded = loaded
+        self._config = loaded.config
+        self._logs = logs
+        self._bus = EventBus()
+        self._requests = RequestLog(self._bus)
+        self._guardian = Guardian()
+        self._hardware = HardwareSampler(self._engine_pids)
+        self._catalog = Catalog()
+        self._pids: tuple[int, ...] = ()
+        self._started_at = time.time()
+        self._stopping = False
+        self._rescan: asyncio.Task[None] | None = None
+        self._instance = InstanceFile()
+        self._is_announced = is_announced
+        self._session: aiohttp.ClientSession | None = None
+        self._manager: RunnerManager | None = None
+        self._backend: LocalBackend | None = None
+        self.proxies: list[HttpProxy] = []
+
+    @property
+    def backend(self) -> Backend:
+        if self._backend is None:
+            raise RuntimeError("the service has not started")
+        return self._backend
+
+    @property
+    def bus(self) -> EventBus:
+        return self._bus
+
+    @property
+    def manager(self) -> RunnerManager:
+        if self._manager is None:
+            raise RuntimeError("the service has not started")
+        return self._manager
+
+    @property
+    def catalog(self) -> Catalog:
+        return self._catalog
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being served now."""
+        return len(self._requests.live)
+
+    async def start(self) -> None:
+        """Find the models, and listen. Raises NothingServedError where no proxy can; nothing is left running then."""
+        config = self._config
+        engines, self._catalog = await asyncio.gather(
+            asyncio.to_thread(make_engines, config), asyncio.to_thread(discover, config)
+        )
+        self._session = upstream_session()
+        self._manager = RunnerManager(
+            engines,
+            config.scheduler,
+            bus=self._bus,
+            guardian=self._guardian,
+            session=self._session,
+            log_for=self._logs.open,
+        )
+        self._hardware.start()
+        relay = Relay(self._manager, lambda: self._catalog, bus=self._bus, session=self._session)
+        self.proxies = [
+            self._proxy(OllamaDialect(relay, self._memory_by_pid)),
+            self._proxy(LMStudioDialect(relay)),
+        ]
+        self._backend = LocalBackend(self._sources(self._manager), self._bus)
+        self._bus.subscribe(self._note_pids)
+        await self._start_proxies()
+        self._rescan = asyncio.create_task(self._watch_folders(), name="rescan")
+        if self._is_announced:
+            await asyncio.to_thread(self._instance.write, self._started_at, self._addresses())
+        logger.info("ready: %d models, profile %s", len(self._catalog), self._loaded.profile or "none")
+
+    def _proxy(self, dialect: OllamaDialect | LMStudioDialect) -> HttpProxy:
+        settings = self._config.proxies.ollama if dialect.name == "ollama" else self._config.proxies.lmstudio
+        return HttpProxy(
+            dialect,
+            settings,
+            host=self._config.proxy_host(settings),
+            max_body=self._config.server.max_body,
+            bus=self._bus,
+        )
+
+    def _sources(self, manager: RunnerManager) -> Sources:
+        return Sources(
+            catalog=lambda: self._catalog,
+            manager=manager,
+            proxies=self.proxies,
+            hardware=self._hardware,
+            requests=self._requests,
+            logs=self._logs,
+            started_at=self._started_at,
+            is_stopping=lambda: self._stopping,
+            profile=self._loaded.profile,
+            config_path=str(self._loaded.path or ""),
+        )
+
+    async def _start_proxies(self) -> None:
+        problems: list[LlamaRunnerError] = []
+        for proxy in self.proxies:
+            if proxy.is_enabled:
+                try:
+                    await proxy.start()
+                except LlamaRunnerError as error:
+                    logger.error("%s cannot be served: %s", proxy.title, error)
+                    problems.append(error)
+        if not any(proxy.is_running for proxy in self.proxies):
+            await self.stop(0)
+            reasons = "; ".join(map(str, problems)) or "every proxy is disabled in the configuration"
+            raise NothingServedError(f"nothing can be served: {reasons}")
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Refuse new requests, let answers end for `drain_s` (the configured time if None), then end everything.
+
+        Calling it again while it runs, with less time, hurries it.
+        """
+        if self._stopping:
+            if self._manager is not None:
+                await self._manager.close(drain_s or 0)
+            return
+        self._stopping = True
+        self._instance.remove()
+        if self._rescan is not None:
+            self._rescan.cancel()
+            await asyncio.gather(self._rescan, return_exceptions=True)
+        if self._manager is not None:
+            await self._manager.close(self._config.server.drain if drain_s is None else drain_s)
+        await asyncio.gather(*(proxy.stop() for proxy in self.proxies))
+        if self._session is not None:
+            await self._session.close()
+        await self._guardian.close()
+        await asyncio.to_thread(self._hardware.stop)
+        self._requests.close()
+
+    async def _watch_folders(self) -> None:
+        while True:
+            await asyncio.sleep(_RESCAN_S)
+            found = await asyncio.to_thread(discover, self._config)
+            if list(found) != list(self._catalog):
+                logger.info("the models on disk changed: %d now", len(found))
+                self._catalog = found
+
+    def _addresses(self) -> dict[str, tuple[str, int]]:
+        return {proxy.name: (proxy.host, proxy.port) for proxy in self.proxies if proxy.is_running}
+
+    def _note_pids(self, event: Event) -> None:
+        if isinstance(event, RunnerChanged):
+            self._pids = tuple(self.manager.pids)
+
+    def _engine_pids(self) -> tuple[int, ...]:
+        """Called in the hardware thread, so it reads one tuple that the loop replaces whole."""
+        return self._pids
+
+    def _memory_by_pid(self) -> Mapping[int, tuple[int, int]]:
+        processes = self._hardware.latest.processes
+        return {pid: (sample.memory_bytes, sample.gpu_bytes or 0) for pid, sample in processes.items()}
