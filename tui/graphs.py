@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_EIGHTHS = " ▏▎▍▌▋▊▉"
 # dots of a braille cell that are lit for 0 to 4 rows filled from below, in its left and its right column
 _LEFT = (0x00, 0x40, 0x44, 0x46, 0x47)
 _RIGHT = (0x00, 0x80, 0xA0, 0xB0, 0xB8)
 
 
 def bar(fraction: float, width: int) -> tuple[str, str]:
-    """The filled and the empty part of a bar, `width` cells together, exact to an eighth of a cell."""
-    eighths = round(max(0.0, min(1.0, fraction)) * width * 8)
-    full, rest = divmod(eighths, 8)
-    filled = "█" * full + (_EIGHTHS[rest] if rest else "")
-    return filled, "·" * (width - len(filled))
+    """The filled and the empty part of a bar, `width` cells together; a little is shown as one cell, not as none."""
+    bounded = max(0.0, min(1.0, fraction))
+    filled = max(1, round(bounded * width)) if bounded > 0.005 else 0
+    return "▆" * filled, "·" * (width - filled)
 
 
 def history(values: Sequence[float], width: int, height: int = 1) -> list[str]:

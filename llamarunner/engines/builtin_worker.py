@@ -9,12 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 API_KEY_VARIABLE = "LLAMA_API_KEY"
-TEARDOWN_S = 1.0
 
 
 class FlagError(ValueError):
@@ -320,7 +318,7 @@ def _serve(xllamacpp: Any, params: Any) -> None:
     """Load, serve until SIGTERM or SIGINT. Until the model is loaded either signal ends the process at once."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    server = xllamacpp.Server(params)  # returns once it serves
+    server = xllamacpp.Server(params)  # returns once it serves, and serves as long as it is referred to
     # Signals may reach any of llama.cpp's threads; the wake-up descriptor tells this one whichever it was.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -328,11 +326,7 @@ def _serve(xllamacpp: Any, params: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     os.read(reader, 1)
-    late = threading.Timer(TEARDOWN_S, os._exit, (0,))
-    late.daemon = True
-    late.start()
-    del server
-    os._exit(0)
+    os._exit(0)  # without llama.cpp's own way out, which waits for running answers; the system frees all it had
 
 
 def main(arguments: Sequence[str]) -> None:

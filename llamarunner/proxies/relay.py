@@ -35,9 +35,13 @@ Handler = Callable[[web.Request, RequestTrace], Awaitable[web.StreamResponse]]
 
 def upstream_session() -> aiohttp.ClientSession:
     """For asking engines: as many connections as there are requests, no deadline but for connecting. A long prompt may
-    take minutes before its first byte."""
+    take minutes before its first byte.
+
+    Every request has a connection of its own: llama-server closes one after a stream, and a request that met it
+    closing would fail for no fault of its engine.
+    """
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         auto_decompress=False,
         headers={"Accept-Encoding": "identity"},

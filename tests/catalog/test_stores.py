@@ -108,7 +108,7 @@ def test_one_name_for_several_files(tmp_path: Path) -> None:
     for path in ("x/model.gguf", "y/model.gguf", "z/y/model.gguf", "z/Model.gguf", "y/model-2.gguf"):
         write_model(tmp_path / path)
     catalog = found(tmp_path)
-    assert names(catalog) == ["model", "y/model", "model-2", "z/Model", "z/y/model"]
+    assert names(catalog) == ["model", "model-2", "y/model", "z/Model", "z/y/model"]
     assert [model.path.parent.name for model in catalog] == ["x", "y", "y", "z", "y"]
     assert names(found(tmp_path)) == names(catalog)
 

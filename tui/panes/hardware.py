@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal
 
 from rich.cells import cell_len
 
@@ -17,6 +16,7 @@ from tui.text import fit, plain
 
 _SAMPLES = 240  # one a second
 _HOT_C = 83
+_TALLEST = 4  # rows of a history
 _FULL = 0.92
 
 
@@ -62,20 +62,17 @@ class HardwarePane(Pane):
         if height <= max(2, len(gpus)):
             rows = [self._gpu_row(gpu, width) for gpu in gpus] or self._host_rows(host, width)
             return rows
-        room = height - 3  # CPU and memory, and a line above them
-        depth: Literal[1, 2, 3, 4] = 1
-        if gpus:
-            each = room // len(gpus)
-            depth = 4 if each >= 5 else 3 if each >= 3 else 2 if each >= 2 else 1
-        lines: list[Line] = []
-        for gpu in gpus:
-            lines += [self._gpu_row(gpu, width)] if depth == 1 else self._gpu_block(gpu, width, depth)
-            if depth == 4:
-                lines.append(Line())
         if not gpus:
             return self._host_block(host, width, height)
-        return [*lines[: max(0, height - 2)], *([Line()] if depth < 4 and len(lines) < room + 1 else []),
-                *self._host_rows(host, width)]  # fmt: skip
+        each = (height - 3) // len(gpus)  # below them, an empty line, the processor and the memory
+        lines: list[Line] = []
+        for gpu in gpus:
+            lines += [self._gpu_row(gpu, width)] if each < 2 else self._gpu_block(gpu, width, each - 1)
+            if each > 2:
+                lines.append(Line())
+        if each <= 2 and len(lines) < height - 2:
+            lines.append(Line())
+        return [*lines[: max(0, height - 2)], *self._host_rows(host, width)]
 
     def _gpu_row(self, gpu: GpuView, width: int) -> Line:
         name = _short_name(gpu.name)
@@ -104,23 +101,19 @@ class HardwarePane(Pane):
             (f" {power:>5}", ""),
         ]
 
-    def _gpu_block(self, gpu: GpuView, width: int, depth: int) -> list[Line]:
+    def _gpu_block(self, gpu: GpuView, width: int, rows: int) -> list[Line]:
+        """Name and figures, bar, and what is left of `rows` for the history."""
         figures = self._gpu_figures(gpu)
-        right = sum(cell_len(text) for text, _ in figures)
-        room = max(4, width - right - 3)
+        room = max(4, width - sum(cell_len(text) for text, _ in figures) - 3)
         name = plain(gpu.name) if cell_len(gpu.name) + 3 <= room else _short_name(gpu.name)
-        label = fit(f"{gpu.index} {name}", room)
         memory = f" {_figure(gpu.used_bytes)}/{words.size(gpu.total_bytes)}"
         filled, empty = bar(_share(gpu.used_bytes, gpu.total_bytes), max(4, width - 2 - len(memory)))
-        lines = [
-            Line.of((" ", ""), (label, "strong"), (" ", ""), *figures),
+        graph = history(list(self._history[f"gpu{gpu.index}"]), max(4, width - 2), max(0, min(_TALLEST, rows - 2)))
+        return [
+            Line.of((" ", ""), (fit(f"{gpu.index} {name}", room), "strong"), (" ", ""), *figures),
             Line.of((" ", ""), (filled, _bar_style(gpu)), (empty, "rule"), (memory, "")),
+            *(Line.of((" ", ""), (row, "good")) for row in graph),
         ]
-        if depth > 2:
-            values = list(self._history[f"gpu{gpu.index}"])
-            graph = history(values, max(4, width - 2), depth - 2)
-            lines += [Line.of((" ", ""), (row, "good")) for row in graph]
-        return lines
 
     def _host_rows(self, host: HostView, width: int) -> list[Line]:
         memory = _share(host.memory_used_bytes, host.memory_total_bytes)
@@ -145,14 +138,11 @@ class HardwarePane(Pane):
 
     def _host_block(self, host: HostView, width: int, height: int) -> list[Line]:
         """Without a GPU, the processor and the memory have the room."""
-        cpu, ram = self._host_rows(host, min(width, 75))
-        depth = max(0, min(3, (height - 5) // 2))
+        depth = max(0, min(_TALLEST, (height - 5) // 2))
         lines: list[Line] = []
-        for line, name in ((cpu, "cpu"), (ram, "ram")):
-            lines.append(line)
-            lines += [Line.of((" ", ""), (row, "good")) for row in history(
-                list(self._history[name]), max(4, width - 2), depth)] if depth else []  # fmt: skip
-            lines.append(Line())
+        for line, name in zip(self._host_rows(host, min(width, 75)), ("cpu", "ram"), strict=True):
+            graph = history(list(self._history[name]), max(4, width - 2), depth)
+            lines += [line, *(Line.of((" ", ""), (row, "good")) for row in graph), Line()]
         if host.gpu_note:
             lines.append(Line.of((fit(f" {plain(host.gpu_note)}", width - 1), "muted")))
         return lines

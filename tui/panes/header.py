@@ -49,7 +49,7 @@ def troubles(snapshot: Snapshot) -> list[Line]:
     lines = []
     for proxy in snapshot.proxies:
         if proxy.enabled and proxy.problem:
-            title = f" ✗ {plain(proxy.title or proxy.name)} does not answer: "
+            title = f" ✗ {plain(proxy.title or proxy.name)}: "
             hint: list[Span] = [("  → ", "accent"), (plain(proxy.hint), "")] if proxy.hint else []
             lines.append(Line.of((title, "bad-strong"), (plain(proxy.problem), "bad"), *hint))
     return lines

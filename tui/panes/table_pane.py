@@ -57,7 +57,7 @@ class TablePane(Pane):
         raise NotImplementedError
 
     def below(self, width: int) -> Sequence[Line]:
-        """Lines kept free at the bottom."""
+        """Lines that stand below the table."""
         return ()
 
     def show(self, snapshot: Snapshot) -> None:
@@ -96,9 +96,9 @@ class TablePane(Pane):
         for index, row in enumerate(self.rows[self._top : self._top + self._table_height], self._top):
             chosen = index == self._index
             lines.append(row_line(row, fitted, gap, ("cursor" if self.has_focus else "cursor-dim") if chosen else ""))
-        if below:
-            lines += [Line()] * (height - len(lines) - len(below)) + below
-        return lines
+        if below and len(lines) + len(below) < height:
+            lines.append(Line())
+        return lines + below
 
     def position(self) -> str:
         """ "3–12 of 40" where not all rows are in view."""
