@@ -62,7 +62,7 @@ def format_duration(seconds: float) -> str:
     if seconds < 0:
         return "-" + format_duration(-seconds)
     if seconds < 0.9995:
-        return f"{seconds * 1000:.0f}ms"
+        return f"{round(seconds * 1000)}ms"
     if seconds < 9.95:
         return f"{seconds:.1f}s"
     whole = round(seconds)

@@ -52,7 +52,7 @@ def _section(section: Section, path: KeyPath, loaded: LoadedConfig) -> Iterator[
                     yield _explained((*here, name), inner, loaded)
         else:
             is_duration = any(isinstance(rule, BeforeValidator) and rule.func in _DURATIONS for rule in field.metadata)
-            shown = ("-1" if math.isinf(value) else format_duration(value)) if is_duration else value
+            shown = (-1 if math.isinf(value) else format_duration(value)) if is_duration else value
             yield _explained(here, shown, loaded)
 
 

@@ -187,7 +187,7 @@ def _is_writable_down(path: str) -> bool:
 def _write_new(path: Path, text: str) -> None:
     """Whole or not at all, and never in the place of anything: a link fails where the name is taken."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folder(path.parent)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
         try:
             with open(descriptor, "w", encoding="utf-8", newline="\n") as stream:
@@ -201,6 +201,13 @@ def _write_new(path: Path, text: str) -> None:
         raise ConfigError(f"{path} exists already; nothing was written", hint="name another file") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"{folder} is not a folder") from None
 
 
 def _link(source: str, path: Path) -> None:

@@ -99,14 +99,13 @@ def _read(path: Path) -> _File:
     text = _text_of(path)
     try:
         data = tomllib.loads(text)
-        lines = locate(text)
     except RecursionError:
         raise ConfigError(f"{path}: arrays and tables are nested too deeply to be read") from None
     except ValueError as error:
         raise _syntax_error(path, text, error) from None
     if _is_deeper_than(data, _MAX_DEPTH):
         raise ConfigError(f"{path}: tables are nested more than {_MAX_DEPTH} deep; no key lies that far down")
-    return _File(str(path), data, lines)
+    return _File(str(path), data, locate(text))
 
 
 def _text_of(path: Path) -> str:

@@ -318,7 +318,7 @@ def _serve(xllamacpp: Any, params: Any) -> None:
     """Load, serve until SIGTERM or SIGINT. Until the model is loaded either signal ends the process at once."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    server = xllamacpp.Server(params)  # returns once it serves, and serves as long as it is referred to
+    _server = xllamacpp.Server(params)  # returns once it serves, and serves as long as it is referred to
     # Signals may reach any of llama.cpp's threads; the wake-up descriptor tells this one whichever it was.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

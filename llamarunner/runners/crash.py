@@ -158,11 +158,12 @@ _TELLING = re.compile(
 )
 _ERROR_LEVEL = re.compile(r"^\d+\.\d\d\.\d{3}\.\d{3} E ")
 _SUMMARY_CHARS = 300
+_LINE_CHARS = 600  # looked at; the patterns take the square of it in time
 
 
 def classify(exit_code: int | None, log_tail: Sequence[str]) -> Cause:
     """`exit_code` is negative for a signal, None where the process is still there. `log_tail` is oldest first."""
-    lines = _after_recovery(log_tail)
+    lines = _after_recovery([line[:_LINE_CHARS] for line in log_tail])
     number = _signal_number(exit_code)
     if number == signal.SIGILL:
         return Cause(

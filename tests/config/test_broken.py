@@ -256,7 +256,11 @@ class TestFiles:
             stream.truncate(10 * 1024**2 + 1)
         assert problems_of(file) == (f"{file} is larger than 10 MiB",)
 
-    @pytest.mark.parametrize("text", ["a = " + "[" * 5000 + "]" * 5000, "a." * 5000 + "a = 1", "[" + "a." * 90 + "b]"])
+    @pytest.mark.parametrize(
+        "text",
+        ["a = " + "[" * 5000 + "]" * 5000, "a." * 5000 + "a = 1", "[" + "a." * 90 + "b]"],
+        ids=["arrays", "dotted key", "header"],
+    )
     def test_nested_without_end(self, tmp_path: Path, text: str) -> None:
         file = tmp_path / "config.toml"
         file.write_text(text, encoding="utf-8")

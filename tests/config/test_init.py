@@ -62,8 +62,10 @@ def test_it_never_overwrites(tmp_path: Path, kind: str) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+    with pytest.raises(ConfigError, match="file is not a folder"):
         write_initial_config(tmp_path / "file" / "config.toml")
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+        write_initial_config(tmp_path / "file" / "deeper" / "config.toml")
 
 
 def test_it_names_the_models_that_it_found(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def free_port() -> int:
 
 def plan(path: Path, name: str = "smol", **settings: Any) -> LaunchPlan:
     details = read_details(path) if path.name.startswith("SmolLM2") else Model(name, path, ModelSettings()).details
-    settings = {"context": 1024, "flags": {"threads": 2, "no-warmup": True}} | settings
+    settings = {"context": 1024, "flags": {"threads": 1, "no-warmup": True}} | settings
     model = Model(name, path, ModelSettings(**settings), details=details)
     return BuiltinEngine("default", EngineConfig()).plan(model, port=free_port(), api_key=KEY)
 
@@ -99,7 +99,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[LaunchPlan], Worker]]:
 
 
 def test_a_model_answers(smollm2: Path, start: Callable[[LaunchPlan], Worker]) -> None:
-    worker = start(plan(smollm2, "日本 smol/😀", parallel=2, embeddings=True, flags={"threads": 2, "temp": 0.25}))
+    worker = start(plan(smollm2, "日本 smol/😀", parallel=2, embeddings=True, flags={"threads": 1, "temp": 0.25}))
     worker.wait_until_ready()
 
     messages = [{"role": "user", "content": "Say hello."}]
@@ -142,8 +142,8 @@ def test_a_chat_template_of_ones_own(smollm2: Path, tmp_path: Path, start: Calla
     template.write_text("{% for m in messages %}LOUD:{{ m.content | upper }}{% endfor %}")
     worker = start(plan(smollm2, chat_template=str(template)))
     worker.wait_until_ready()
-    status, answer = worker.ask("/apply-template", {"messages": [{"role": "user", "content": "hé"}]})
-    assert (status, answer["prompt"]) == (200, "LOUD:HÉ")
+    status, answer = worker.ask("/apply-template", {"messages": [{"role": "user", "content": "hi"}]})
+    assert (status, answer["prompt"]) == (200, "LOUD:HI")
 
 
 def test_it_ends_promptly_while_it_answers(smollm2: Path, start: Callable[[LaunchPlan], Worker]) -> None:

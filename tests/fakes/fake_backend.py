@@ -1,13 +1,16 @@
 """A backend that serves scripted snapshots, for tests of the terminal and to see it without a model:
 
-    python tests/fakes/fake_backend.py [busy|live|idle|empty|cpu] [--theme NAME] [--ascii] [--beat FILE] [--asyncio] [--crash]
+    python tests/fakes/fake_backend.py [SCENE] [--theme NAME] [--ascii] [--asyncio] [--beat FILE]
 
-`live` moves; the other scenes stand still. With `--beat` the loop writes down how late it ran, every 20 ms.
+SCENE is busy, live, idle, cpu, empty, trouble or crash; `live` moves, `crash` raises in the third second, the others
+stand still. With `--beat` the loop writes down every 100 ms how late it ran at worst, and after a lost screen or a crash
+it goes on until SIGTERM, as the servers do.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
 import time
@@ -62,8 +65,8 @@ def busy_models() -> tuple[ModelView, ...]:
             "--parallel", "4", "--n-gpu-layers", "999", "--cache-type-k", "q8_0")  # fmt: skip
     return (
         model("qwen3-14b", RunnerState.READY, reason="asked for by a request", gpu_bytes=int(11.3 * GIB),
-              memory_bytes=int(0.9 * GIB), context=32768, slots=4, in_flight=3, queued=1, tokens_per_s=58.4, state_s=42.0,
-              load_s=6.8, pid=41822, port=40213, argv=argv, parameter_size="14.8B", aliases=("qwen",), pinned=True),
+              memory_bytes=int(0.9 * GIB), context=32768, slots=4, in_flight=3, queued=1, tokens_per_s=58.4,
+              state_s=421.0, load_s=6.8, pid=41822, port=40213, argv=argv, parameter_size="14.8B", aliases=("qwen",), pinned=True),
         model("llama-3.2-3b-instruct", RunnerState.READY, gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.4 * GIB),
               context=8192, slots=8, in_flight=1, tokens_per_s=142.7, state_s=95.0, load_s=2.1, pid=41901, port=40377,
               architecture="llama", parameter_size="3.2B", quantization="Q8_0"),
@@ -145,7 +148,7 @@ def scene(name: str) -> Snapshot:
     )
     sources = ("llamarunner", "qwen3-14b", "llama-3.2-3b-instruct", "nomic-embed-text")
     match name:
-        case "busy" | "live":
+        case "busy" | "live" | "crash":
             return replace(
                 base, models=busy_models(), requests=busy_requests(), tokens_per_s=252.1, log_sources=sources
             )
@@ -180,7 +183,7 @@ class FakeBackend:
 
     @classmethod
     def of(cls, name: str) -> FakeBackend:
-        backend = cls(scene(name), script=live if name == "live" else None)
+        backend = cls(scene(name), script={"live": live, "crash": crash}.get(name))
         if name != "empty":
             for level, text in LOG:
                 backend.log("llamarunner", text, level)
@@ -258,6 +261,13 @@ def live(snapshot: Snapshot, step: int) -> Snapshot:
     )
 
 
+def crash(snapshot: Snapshot, step: int) -> Snapshot:
+    api_key = "sk-a-secret-of-somebody"
+    if step > 3:
+        raise RuntimeError(f"the snapshot could not be made with a key of {len(api_key)} characters")
+    return snapshot
+
+
 async def beat(path: Path) -> None:
     """Write down how many milliseconds too late the loop came round, the worst of each 100 ms."""
     with path.open("w", buffering=1) as file:
@@ -295,15 +305,15 @@ def main(arguments: list[str]) -> None:
         loop.add_signal_handler(signal.SIGTERM, app.leave, "quit")
         heart = loop.create_task(beat(Path(path))) if path else None
         await app.run_async(mouse=settings.mouse)
-        if app.outcome == "detach" and heart is not None:
-            stop = asyncio.Event()
-            loop.add_signal_handler(signal.SIGTERM, stop.set)
-            Path(path).with_suffix(".outcome").write_text(app.outcome)
-            await stop.wait()
         if heart is not None:
+            Path(path).with_suffix(".outcome").write_text(f"{app.outcome}\n{app.crash}")
+            if app.outcome != "quit":
+                stop = asyncio.Event()
+                loop.add_signal_handler(signal.SIGTERM, stop.set)
+                await stop.wait()
             heart.cancel()
-        if app.outcome != "detach" or heart is None:
-            print(f"outcome: {app.outcome} {app.crash}")
+        with contextlib.suppress(OSError):  # nobody may be there any more
+            print(f"outcome: {app.outcome}")
 
     if "--asyncio" in arguments:
         asyncio.run(run())

@@ -128,9 +128,7 @@ class Terminal:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(
-                    f"no {what} within {timeout} s; the screen:\n{self.text}\n{self.written[-2000:]!r}"
-                )
+                raise AssertionError(f"no {what} within {timeout} s; the screen:\n{self.text}")
             time.sleep(_POLL_S)
 
     # What is done to it

@@ -188,7 +188,7 @@ class MainScreen(Screen[None]):
             f"{'search' if pane is self.logs else 'filter'} {pane.TITLE.lower()}, Enter keeps it, Esc clears it"
         )
         self.filter.display, self.footer.display = True, False
-        self.filter.focus()
+        self.set_focus(self.filter)  # at once: the next key may be typed already
 
     @on(Input.Changed, "#filter")
     def _filter_changed(self, event: Input.Changed) -> None:
