@@ -70,10 +70,11 @@ class Options:
     def load(self, config: Path | None = None, profile: str | None = None) -> LoadedConfig:
         from llamarunner.config.load import load_config
 
+        self.profile = self.profile if profile is None else profile
         overrides = {"logging.level": self.log_level.value} if self.log_level else {}
         return load_config(
             config or self.config,
-            profile=self.profile if profile is None else profile,
+            profile=self.profile,
             overrides=overrides,
             validate_files=not self.skip_validation,
         )

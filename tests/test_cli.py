@@ -150,7 +150,7 @@ class TestErrors:
             result.stderr == "error: RuntimeError: boom\nhint: this should not happen; --log-level debug shows where\n"
         )
 
-    @pytest.mark.parametrize("arguments", [("--log-level", "debug"), ("--profile", "development")])
+    @pytest.mark.parametrize("arguments", [("--log-level", "debug"), ("-p", "development")])
     def test_with_its_traceback_for_who_wants_it(
         self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...]
     ) -> None:

@@ -16,7 +16,6 @@ import pytest
 
 from llamarunner import ports
 
-
 LISTENER = """
 import socket, sys
 listening = socket.socket()

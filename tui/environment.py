@@ -26,11 +26,9 @@ def prepare(settings: ControlCenterSettings, environ: MutableMapping[str, str] =
 def locale_is_utf8(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether the terminal may be sent more than ASCII. No locale at all counts as UTF-8: bare containers have none,
     and the terminals they are seen through have long been UTF-8."""
-    # Python itself sets LC_CTYPE=C.UTF-8 where it was started in the C locale: that says nothing of the terminal
-    coerced = environ.get("LC_CTYPE") == "C.UTF-8" and environ.get("LANG", "") in ("C", "POSIX")
     for name in _LOCALE_VARIABLES:
         value = environ.get(name, "")
-        if not value or (coerced and name == "LC_CTYPE"):
-            continue
-        return "utf-8" in value.lower() or "utf8" in value.lower()
+        # Python itself sets LC_CTYPE=C.UTF-8 where it finds the C locale, or one that is not installed: LANG knows more
+        if value and not (name == "LC_CTYPE" and value == "C.UTF-8" and environ.get("LANG")):
+            return "utf-8" in value.lower() or "utf8" in value.lower()
     return True

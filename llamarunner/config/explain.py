@@ -63,5 +63,17 @@ def _explained(path: KeyPath, value: Any, loaded: LoadedConfig) -> Explained:
 
 def _as_toml(value: object) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(_as_toml(part) for part in value)}]"
+        return f"[{', '.join(map(_as_toml, _without_secrets(value)))}]"
     return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+
+
+def _without_secrets(arguments: list[object]) -> list[object]:
+    """An engine's arguments may hold a key as "--api-key=..." or as the one after "--api-key"."""
+    shown: list[object] = []
+    hide_next = False
+    for argument in arguments:
+        flag, has_value, _ = str(argument).partition("=")
+        is_flag = flag.startswith("-") and is_secret((flag,))
+        shown.append(HIDDEN if hide_next else f"{flag}={HIDDEN}" if is_flag and has_value else argument)
+        hide_next = is_flag and not has_value
+    return shown

@@ -17,6 +17,7 @@ from llamarunner.config.positions import KeyPath
 from llamarunner.config.schema import Config, ModelConfig, Section
 
 _MOST_LISTED = 15
+_SECRET_ENDINGS = ("api-key", "token", "password", "secret")
 
 NAME = "NAME"  # stands for a table's free name in the paths of `every_key`
 
@@ -59,7 +60,7 @@ def takes_text_only(wanted: Any) -> bool:
 def is_secret(path: KeyPath) -> bool:
     """Values that are never shown: keys and tokens, and whole environments, where such things are handed over."""
     names = [part for part in path if isinstance(part, str)]
-    return "env" in names or any(name.replace("_", "-").endswith(("api-key", "token")) for name in names[-1:])
+    return "env" in names or any(name.replace("_", "-").endswith(_SECRET_ENDINGS) for name in names[-1:])
 
 
 def every_key() -> Iterator[tuple[KeyPath, FieldInfo]]:

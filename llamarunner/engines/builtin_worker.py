@@ -310,8 +310,21 @@ def _params(xllamacpp: Any, settings: Sequence[Setting], api_key: str) -> Any:
 
 
 def _fail(code: int, message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201 - its log is what it has to say
+    os.write(2, f"error: {message}\n".encode("utf-8", "backslashreplace"))
     os._exit(code)  # llama.cpp's threads do not survive the interpreter's own way out
+
+
+def _finish_log(xllamacpp: Any) -> None:
+    """llama.cpp writes its log from a thread of its own: wait for it, so that our last line is not within its."""
+    import ctypes
+
+    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+    try:
+        logger, pause = library._Z15common_log_mainv, library._Z16common_log_pauseP10common_log
+    except AttributeError:  # a build that keeps its symbols to itself: the lines may mix
+        return
+    logger.restype = ctypes.c_void_p
+    pause(ctypes.c_void_p(logger()))
 
 
 def _serve(xllamacpp: Any, params: Any) -> None:
@@ -351,6 +364,7 @@ def main(arguments: Sequence[str]) -> None:
     try:
         _serve(xllamacpp, params)
     except RuntimeError as error:
+        _finish_log(xllamacpp)
         if not os.path.exists(path):
             _fail(1, f"there is no file {path}")
         _fail(1, f"llama.cpp could not serve {path} (its own lines above say why): {error}")

@@ -128,6 +128,11 @@ _RULES = (
         r"tensor .* (?:has wrong shape|not found).*",
         r"(?:missing tensor|key not found in model|error loading model (?:hyperparameters|vocabulary)).*",
         r"(?:invalid split file|illegal split file).*",
+    ),
+    _rule(
+        CauseKind.BAD_MODEL_FILE,
+        "the engine could not read the model's file",
+        "download it again, or try a newer build of the engine",
         r"error loading model: .*",
     ),
     _rule(

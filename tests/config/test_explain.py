@@ -12,6 +12,8 @@ from llamarunner.config.load import load_config
 TEXT = """
 [proxies.ollama]
 api_key = "sk-secret"
+[engines.other]
+args = ["--api-key", "${KEY}", "--hf-token=sk-secret", "-v"]
 [defaults]
 keep_alive = -1
 load_timeout = "90s"
@@ -29,7 +31,7 @@ HF_TOKEN = "sk-secret"
 def test_values_and_origins(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(TEXT)
-    environ = {"LLAMARUNNER__SERVER__MAX_BODY": "1KiB"}
+    environ = {"LLAMARUNNER__SERVER__MAX_BODY": "1KiB", "KEY": "sk-secret"}
     loaded = load_config(file, environ=environ, overrides={"logging.level": "debug"}, validate_files=False)
     found = {each.key: (each.value, str(each.origin)) for each in explain(loaded)}
     assert found["tui.fps"] == ("15", "default")
@@ -38,12 +40,13 @@ def test_values_and_origins(tmp_path: Path) -> None:
     assert found["logging.level"] == ('"debug"', "command line")
     assert found["proxies.ollama.api_key"] == (HIDDEN, f"{file}:3")
     assert found["proxies.lmstudio.api_key"] == ("", "default")
-    assert found['models."a.b".keep_alive'] == ("-1", f"{file}:5 (by defaults)")
-    assert found['models."a.b".load_timeout'] == ('"1m30s"', f"{file}:6 (by defaults)")
-    assert found['models."a.b".aliases'] == ('["x", "y"]', f"{file}:9")
-    assert found['models."a.b".flags.top-k'] == ("5", f"{file}:12")
+    assert found['models."a.b".keep_alive'] == ("-1", f"{file}:7 (by defaults)")
+    assert found['models."a.b".load_timeout'] == ('"1m30s"', f"{file}:8 (by defaults)")
+    assert found['models."a.b".aliases'] == ('["x", "y"]', f"{file}:11")
+    assert found['models."a.b".flags.top-k'] == ("5", f"{file}:14")
     assert found['models."a.b".flags.api-key'][0] == HIDDEN
     assert found['models."a.b".env.HF_TOKEN'][0] == HIDDEN
+    assert found["engines.other.args"][0] == f'["--api-key", "{HIDDEN}", "--hf-token={HIDDEN}", "-v"]'
     assert "sk-secret" not in str(found)
 
 

@@ -209,8 +209,8 @@ CORPUS = [
     # complaints that were no reason to end
     (
         [
-            "1.06.520.077 E ggml_backend_cuda_buffer_type_alloc_buffer: allocating 51748.72 MiB on device 1: cudaMalloc "
-            "failed: out of memory",
+            "1.06.520.077 E ggml_backend_cuda_buffer_type_alloc_buffer: allocating 51748.72 MiB on device 1: "
+            "cudaMalloc failed: out of memory",
             "1.06.520.086 E graph_reserve: failed to allocate compute buffers",
             "1.06.520.107 W sched_reserve: compute buffer allocation failed, retrying without pipeline parallelism",
             "1.07.304.130 I srv    load_model: initializing, n_slots = 1, n_ctx_slot = 50176",
@@ -260,7 +260,9 @@ def test_anything_can_be_classified(exit_code: int | None, lines: list[str]) -> 
     assert len(cause.summary) < 500
 
 
-@pytest.mark.parametrize("junk", ["x" * 2_000_000, "failed to open " * 100_000, "error: a: " * 100_000])
+@pytest.mark.parametrize(
+    "junk", ["x" * 2_000_000, "failed to open " * 100_000, "error: a: " * 100_000], ids=["one word", "opens", "errors"]
+)
 def test_long_lines_take_no_time(junk: str) -> None:
     begun = time.perf_counter()
     classify(1, [junk] * 200)
