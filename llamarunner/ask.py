@@ -16,7 +16,7 @@ import orjson
 
 from llamarunner.config.load import LoadedConfig
 from llamarunner.config.schema import ProxyConfig
-from llamarunner.errors import EngineGoneError, LlamaRunnerError, RequestError
+from llamarunner.errors import EngineError, EngineGoneError, LlamaRunnerError, RequestError
 from llamarunner.instance import InstanceFile
 from llamarunner.proxies.sse import DONE, event_batches
 from llamarunner.service import Service
@@ -147,7 +147,7 @@ def _refusal(status: int, raw: bytes) -> LlamaRunnerError:
         message = error["message"] if isinstance(error, dict) else str(error)
     except (orjson.JSONDecodeError, KeyError, TypeError):
         message = f"the server answered with status {status}"
-    return RequestError(message) if status < 500 else EngineGoneError(message)
+    return RequestError(message) if status < 500 else EngineError(message)
 
 
 def _headers(settings: ProxyConfig) -> dict[str, str]:

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from llamarunner import __version__
-from llamarunner.errors import ConfigError, LlamaRunnerError
+from llamarunner.errors import ConfigError, LlamaRunnerError, RequestError
 
 if TYPE_CHECKING:
     from llamarunner.config.load import LoadedConfig
@@ -93,7 +93,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except LlamaRunnerError as error:
             _print_error(error)
-            raise typer.Exit(BAD_CONFIG if isinstance(error, ConfigError) else NOTHING_SERVED) from None
+            raise typer.Exit(_exit_code(error)) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as error:
@@ -328,6 +328,16 @@ def _print_checked(loaded: LoadedConfig, warnings: Sequence[str], *, explain: bo
     where = str(loaded.path) if loaded.path else "no file, the defaults"
     if not warnings and not explain:
         typer.echo(f"the configuration is good ({where}{f', profile {loaded.profile}' if loaded.profile else ''})")
+
+
+def _exit_code(error: LlamaRunnerError) -> int:
+    match error:
+        case ConfigError():
+            return BAD_CONFIG
+        case RequestError():
+            return USAGE
+        case _:
+            return NOTHING_SERVED
 
 
 def _print_error(error: LlamaRunnerError) -> None:

@@ -138,8 +138,8 @@ class Program:
             self._screen.leave("quit")
 
     async def _stop_service(self) -> None:
-        if self._service.in_flight:
-            say(f"waiting for {self._service.in_flight} requests to end; Ctrl-C again to end them now")
+        if count := self._service.in_flight:
+            say(f"waiting for {count} {'request' if count == 1 else 'requests'} to end; Ctrl-C again ends them now")
         stopping = asyncio.create_task(self._service.stop(), name="stop")
         hurrying = asyncio.create_task(self._hurry.wait(), name="hurry")
         await asyncio.wait({stopping, hurrying}, return_when=asyncio.FIRST_COMPLETED)

@@ -295,14 +295,16 @@ class TestAsk:
         assert "the prompt is empty" in result.stderr
         assert asked == []
 
-    @pytest.mark.parametrize("error", [ModelNotFoundError("smal", "smol"), EngineMissingError("no engine")])
-    def test_what_cannot_be_served(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    @pytest.mark.parametrize(
+        ("error", "code"), [(ModelNotFoundError("smal", "smol"), 2), (EngineMissingError("no engine"), 4)]
+    )
+    def test_what_cannot_be_served(self, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int) -> None:
         def ask(*arguments: object, **options: object) -> int:
             raise error
 
         stand_in(monkeypatch, "ask", ask)
         result = invoke("ask", "smal", "Hello")
-        assert result.exit_code == 4
+        assert result.exit_code == code
         assert result.stderr.startswith("error: ")
 
 

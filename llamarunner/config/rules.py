@@ -93,8 +93,9 @@ def _addresses(config: Config) -> Iterator[Finding]:
 def _collide(config: Config, one: ProxyConfig, other: ProxyConfig) -> bool:
     if not (one.enabled and other.enabled and one.port and one.port == other.port):
         return False
-    hosts = {config.proxy_host(one), config.proxy_host(other)}
-    return len(hosts) == 1 or bool(hosts & {"0.0.0.0", "::"})
+    first, second = config.proxy_host(one), config.proxy_host(other)
+    same_family = (":" in first) == (":" in second)
+    return first == second or (same_family and bool({first, second} & {"0.0.0.0", "::"}))
 
 
 def _flag_tables(config: Config) -> Iterator[tuple[KeyPath, dict[str, object]]]:

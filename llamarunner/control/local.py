@@ -146,10 +146,11 @@ class LocalBackend:
 
     async def load(self, model: str) -> Outcome:
         try:
-            await self._sources.manager.load(self._sources.catalog().find(model))
+            found = self._sources.catalog().find(model)
+            await self._sources.manager.load(found)
         except LlamaRunnerError as error:
             return Outcome(False, error.message, error.hint)
-        return Outcome(True, f"{model} is loaded")
+        return Outcome(True, f"{found.name} is loaded")
 
     async def unload(self, model: str, *, force: bool = False) -> Outcome:
         try:
@@ -157,7 +158,7 @@ class LocalBackend:
         except LlamaRunnerError as error:
             return Outcome(False, error.message, error.hint)
         await self._sources.manager.unload(found, force=force)
-        return Outcome(True, f"{model} is unloaded")
+        return Outcome(True, f"{found.name} is unloaded")
 
 
 def model_view(model: Model, residence: Residence | None, hardware: HardwareSample, rate: float | None) -> ModelView:

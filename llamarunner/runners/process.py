@@ -217,13 +217,22 @@ class EngineProcess:
         """Live processes that ours started, however they detached themselves: the tag in their environment stays."""
         family = []
         for pid in psutil.pids():
-            try:
-                member = psutil.Process(pid)
-                if pid != self.pid and member.environ().get(_TAG) == self._tag and _is_alive(member):
-                    family.append(member)
-            except (psutil.Error, OSError):  # it ended meanwhile, or is another user's
-                continue
+            if pid != self.pid and _environment_has(pid, self._tag):
+                with contextlib.suppress(psutil.Error):  # it ended meanwhile
+                    family.append(psutil.Process(pid))
         return family
+
+
+def _environment_has(pid: int, tag: str) -> bool:
+    """False also for those that ended, zombies, and other users' processes."""
+    try:
+        if sys.platform == "linux":
+            # as psutil does, at a fifth of the price: there may be thousands of processes to look at
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                return tag.encode() in file.read()
+        return psutil.Process(pid).environ().get(_TAG) == tag
+    except (psutil.Error, OSError):
+        return False
 
 
 def _popen(argv: Sequence[str], env: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:

@@ -89,6 +89,13 @@ CASES: list[tuple[str, str, int, str, str]] = [
     ("URL for a host", "[server]\nhost = 'http://x'", 2, "server.host", "an address or name"),
     ("empty api_key", "[proxies.ollama]\napi_key = ''", 2, "proxies.ollama.api_key", "protects nothing"),
     ("one port for both", "[proxies.lmstudio]\nport = 11434", 2, "proxies.lmstudio.port", "give each its own"),
+    (
+        "one port, and one proxy at every address",
+        "[server]\nallow_unauthenticated = true\n[proxies]\nollama.host = '0.0.0.0'\nlmstudio.port = 11434",
+        5,
+        "proxies.lmstudio.port",
+        "give each its own",
+    ),
     ("profile with a typo", "[profiles.mine.server]\ndrian = 1", 2, "profiles.mine.server.drian", 'mean "drain"?'),
     ("profile is a string", "[profiles]\nmine = 'x'", 2, "profiles.mine", "a table is wanted"),
     ("profiles is a string", "profiles = 'x'", 1, "profiles", "[profiles.NAME]"),

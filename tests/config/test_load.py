@@ -317,6 +317,7 @@ class TestAddresses:
             "[proxies]\nollama.port = 0\nlmstudio.port = 0",
             "[proxies]\nollama.port = 1234\nlmstudio.enabled = false",
             "[proxies]\nollama = { port = 1234, host = '127.0.0.1' }\nlmstudio.host = '127.0.0.2'",
+            "server.allow_unauthenticated = true\n[proxies]\nollama = { port = 1234 }\nlmstudio.host = '::'",
         ],
     )
     def test_allowed(self, tmp_path: Path, text: str) -> None:

@@ -10,7 +10,6 @@ it goes on until SIGTERM, as the servers do.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import sys
 import time
@@ -312,7 +311,7 @@ def main(arguments: list[str]) -> None:
                 loop.add_signal_handler(signal.SIGTERM, stop.set)
                 await stop.wait()
             heart.cancel()
-        with contextlib.suppress(OSError):  # nobody may be there any more
+        if app.outcome != "detach" or not path:  # else nobody may be there any more
             print(f"outcome: {app.outcome}")
 
     if "--asyncio" in arguments:

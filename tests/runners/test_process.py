@@ -304,6 +304,21 @@ def test_sigkill_of_the_program_leaves_no_engine(tmp_path: Path) -> None:
         eventually(lambda: not any(is_alive(pid) for pid in pids), 2.0)
 
 
+def test_without_the_guardian_the_engine_itself_goes(tmp_path: Path) -> None:
+    root = str(Path(__file__).parents[2])
+    code = PARENT.format(root=root, folder=str(tmp_path), fake=str(FAKE_ENGINE))
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        *engines, guardian = [int(parent.stdout.readline()) for _ in range(3)]
+        left = [eventually(lambda kind=kind: pid_in(tmp_path / kind), 10) for kind in ("group", "setsid")]
+        os.kill(guardian, signal.SIGKILL)
+        parent.kill()
+        parent.wait()
+        eventually(lambda: not any(is_alive(pid) for pid in engines), 2.0)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_sigterm_of_the_program_and_its_group_is_no_different(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     code = PARENT.format(root=root, folder=str(tmp_path), fake=str(FAKE_ENGINE))

@@ -160,7 +160,6 @@ def test_a_hang_up_that_nobody_is_told_of_is_noticed(opened: Open, outcome: Call
     wrapper = tmp_path / "deaf.py"
     wrapper.write_text(
         "import runpy, signal, sys, uvloop\n"
-        "plain = uvloop.Loop.add_signal_handler\n"
         "class Deaf(uvloop.Loop):\n"
         "    def add_signal_handler(self, number, *rest):\n"
         "        if number != signal.SIGHUP: super().add_signal_handler(number, *rest)\n"

@@ -192,12 +192,17 @@ class MainScreen(Screen[None]):
 
     @on(Input.Changed, "#filter")
     def _filter_changed(self, event: Input.Changed) -> None:
+        if self.filter.display:
+            self._apply_filter(event.value)
+
+    def _apply_filter(self, needle: str) -> None:
         pane = self.panes[self.active]
-        if isinstance(pane, TablePane | LogsPane) and self.filter.display:
-            pane.set_needle(event.value)
+        if isinstance(pane, TablePane | LogsPane) and pane.needle != needle:
+            pane.set_needle(needle)
 
     @on(Input.Submitted, "#filter")
-    def _filter_done(self) -> None:
+    def _filter_done(self, event: Input.Submitted) -> None:
+        self._apply_filter(event.value)  # with fast typing, the last changes are told of only after this
         self._close_filter()
         if self.active == layout.LOGS:
             self.logs.action_find(-1)
@@ -210,8 +215,7 @@ class MainScreen(Screen[None]):
         if self.filter.has_focus and event.key in ("escape", "tab", "shift+tab"):
             event.stop()
             event.prevent_default()
-            if event.key == "escape":
-                self.filter.value = ""
+            self._apply_filter("" if event.key == "escape" else self.filter.value)
             self._close_filter()
 
     # Logs, from whichever pane

@@ -1,0 +1,176 @@
+"""Snapshots say what is so: of a model asleep, at work, failed and broken; of requests in each phase; of hardware."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from llamarunner.catalog.catalog import Catalog, Model
+from llamarunner.config.schema import ModelSettings
+from llamarunner.control.local import LocalBackend, Sources, gpu_views, model_view, request_view
+from llamarunner.control.snapshot import RequestPhase, RunnerState
+from llamarunner.errors import LoadError, PortTakenError
+from llamarunner.events import EventBus, ProxyChanged, RequestFinished, RequestStarted, RequestTrace, RunnerChanged
+from llamarunner.runners.manager import Residence
+from llamarunner.telemetry.gpus import GpuSample
+from llamarunner.telemetry.hardware import HardwareSample, HardwareSampler, HostSample, ProcessSample
+from llamarunner.telemetry.logs import LogBook
+from llamarunner.telemetry.requests import RequestLog
+
+NO_HARDWARE = HardwareSample(taken=0.0)
+
+
+def a_model(**more: Any) -> Model:
+    return Model("qwen", Path("/models/qwen.gguf"), ModelSettings(pin=more.pop("pin", False)), **more)
+
+
+class LoadedRunner:
+    """As much of a runner as is shown."""
+
+    runner_id = 7
+    state = RunnerState.READY
+    reason = "loaded"
+    pid = 4242
+    plan = None
+    context = 4096
+    slots = 2
+    load_s = 1.5
+    state_since = time.monotonic()
+
+
+def residence(**more: Any) -> Residence:
+    known = {
+        "runner": None, "in_flight": 0, "queued": 0, "keep_alive_s": 300.0, "idle_left_s": None, "failure": None,
+        "failed_s": 0.0,
+    }  # fmt: skip
+    return Residence(**{**known, **more})
+
+
+def test_a_model_that_never_ran_is_stopped() -> None:
+    view = model_view(a_model(), None, NO_HARDWARE, None)
+    assert (view.state, view.problem, view.pid, view.idle_left_s) == (RunnerState.STOPPED, "", None, None)
+
+
+def test_a_broken_file_shows_its_problem_and_remedy() -> None:
+    view = model_view(a_model(problem="not a GGUF file", hint="download it again"), None, NO_HARDWARE, None)
+    assert (view.problem, view.hint) == ("not a GGUF file", "download it again")
+
+
+def test_a_loaded_model_shows_what_its_runner_measured() -> None:
+    hardware = HardwareSample(taken=0.0, processes={4242: ProcessSample(3_000, 5_000)})
+    place = residence(runner=LoadedRunner(), in_flight=1, queued=2)
+    view = model_view(a_model(), place, hardware, 42.0)
+    assert view.state is RunnerState.READY
+    assert (view.memory_bytes, view.gpu_bytes, view.context, view.slots) == (3_000, 5_000, 4096, 2)
+    assert (view.in_flight, view.queued, view.tokens_per_s, view.load_s) == (1, 2, 42.0, 1.5)
+    assert view.state_s >= 0
+
+
+def test_a_pinned_model_never_counts_down() -> None:
+    place = residence(runner=LoadedRunner(), idle_left_s=12.0)
+    assert model_view(a_model(), place, NO_HARDWARE, None).idle_left_s == 12.0
+    assert model_view(a_model(pin=True), place, NO_HARDWARE, None).idle_left_s == math.inf
+
+
+def test_a_failed_load_is_told_until_the_next() -> None:
+    place = residence(failure=LoadError("out of memory", hint="use a smaller context"), failed_s=3.0)
+    view = model_view(a_model(), place, NO_HARDWARE, None)
+    assert (view.state, view.problem, view.hint, view.state_s) == (
+        RunnerState.FAILED,
+        "out of memory",
+        "use a smaller context",
+        3.0,
+    )
+
+
+def test_a_request_is_timed_phase_by_phase() -> None:
+    trace = RequestTrace("ollama", "/api/chat", "127.0.0.1", model="qwen", started=100.0)
+    trace.load_started, trace.granted, trace.first_byte, trace.finished = 102.0, 105.0, 106.5, 110.0
+    view = request_view(trace)
+    assert (view.queue_s, view.load_s, view.ttft_s, view.total_s) == (2.0, 3.0, 6.5, 10.0)
+
+
+def test_a_request_that_waits_counts_up() -> None:
+    trace = RequestTrace("ollama", "/api/chat", "127.0.0.1", started=time.monotonic() - 5)
+    view = request_view(trace)
+    assert 5 <= view.queue_s < 6
+    assert (view.load_s, view.ttft_s) == (None, None)
+
+
+def test_a_card_that_says_nothing_of_its_memory_is_shown_all_the_same() -> None:
+    (view,) = gpu_views(HardwareSample(taken=0.0, host=HostSample(), gpus=(GpuSample(0, "GB10"),)))
+    assert (view.name, view.used_bytes, view.total_bytes) == ("GB10", 0, 0)
+
+
+class Manager:
+    def residence(self, _name: str) -> None:
+        return None
+
+
+class Proxy:
+    name, title, is_enabled, is_running, host, port = "ollama", "Ollama", True, False, "127.0.0.1", 11434
+    problem = PortTakenError("127.0.0.1", 11434, "ollama (pid 812)")
+
+
+def test_a_snapshot_holds_all_of_it_and_counts_changes() -> None:
+    bus, catalog = EventBus(), Catalog([a_model()])
+    requests, logs = RequestLog(bus), LogBook(None)
+    sources = Sources(
+        catalog=lambda: catalog,
+        manager=Manager(),
+        proxies=[Proxy()],
+        hardware=HardwareSampler(tuple),
+        requests=requests,
+        logs=logs,
+        started_at=1.0,
+        is_stopping=lambda: False,
+        profile="testing",
+    )
+    backend = LocalBackend(sources, bus)
+    first = backend.snapshot()
+    assert [model.name for model in first.models] == ["qwen"]
+    assert first.proxies[0].problem == "127.0.0.1:11434 is taken by ollama (pid 812)"
+    assert first.log_sources == ("llamarunner",)
+    assert backend.snapshot().revisions == first.revisions
+
+    trace = RequestTrace("ollama", "/api/chat", "127.0.0.1")
+    bus.publish(RequestStarted(trace))
+    bus.publish(RunnerChanged("qwen", 1, RunnerState.STOPPED, RunnerState.STARTING, "asked for"))
+    bus.publish(ProxyChanged("ollama", running=True))
+    second = backend.snapshot()
+    for part in ("models", "requests", "proxies"):
+        assert second.revisions[part] > first.revisions[part], part
+    trace.phase = RequestPhase.DONE
+    bus.publish(RequestFinished(trace))
+    later = RequestTrace("lmstudio", "/v1/chat/completions", "127.0.0.1")
+    bus.publish(RequestStarted(later))
+    assert [request.request_id for request in backend.snapshot().requests] == [later.request_id, trace.request_id]
+
+    log = logs.open("qwen")
+    log.feed(b"one\ntwo\n")
+    third = backend.snapshot()
+    assert third.log_sources == ("llamarunner", "qwen")
+    assert third.revisions["logs"] > second.revisions["logs"]
+    assert [line.text for line in backend.logs("qwen").lines] == ["one", "two"]
+    assert backend.logs("nobody").lines == ()
+
+
+async def test_commands_on_unknown_models_are_told() -> None:
+    bus = EventBus()
+    sources = Sources(
+        catalog=lambda: Catalog([a_model()]),
+        manager=Manager(),
+        proxies=[],
+        hardware=HardwareSampler(tuple),
+        requests=RequestLog(bus),
+        logs=LogBook(None),
+        started_at=1.0,
+        is_stopping=lambda: False,
+    )
+    backend = LocalBackend(sources, bus)
+    for outcome in (await backend.load("qwem"), await backend.unload("qwem")):
+        assert not outcome.ok
+        assert "qwem" in outcome.message
+        assert "qwen" in outcome.hint
