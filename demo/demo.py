@@ -1,6 +1,6 @@
 """`make demo`: the control center with a small model, in a world of its own below .demo/.
 
-Writes .demo/config.toml on free ports, prints lines to try in another terminal, and becomes llamarunner.
+Writes a configuration on free ports, prints lines to try in another terminal, and becomes llamarunner.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import os
 import select
+import shlex
 import sys
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import tomli_w
 from llamarunner import ports
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-HOME = CHECKOUT / ".demo"
 HOST = "127.0.0.1"
 READING_S = 6.0  # before the control center covers the lines to try
 
@@ -47,64 +47,78 @@ max_loaded = 1
 """
 
 LINES = """\
-To try in another terminal (this text is in {file}):
+# To try in another terminal (this text is in {file}):
 
-  curl http://{host}:{ollama}/api/chat -d '{{"model": "smollm2",
-    "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
+curl http://{host}:{ollama}/api/chat -d '{{"model": "smollm2",
+  "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
 
-  curl http://{host}:{lmstudio}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "smollm2",
-    "messages": [{{"role": "user", "content": "Tell me about llamas."}}], "stream": true}}'
+curl http://{host}:{lmstudio}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "smollm2",
+  "messages": [{{"role": "user", "content": "Tell me about llamas."}}], "stream": true}}'
 
-  curl http://{host}:{ollama}/v1/embeddings -H 'Content-Type: application/json' -d '{{"model": "smollm2-embed",
-    "input": "another model: smollm2 makes room for it"}}'
+# another model: smollm2 makes room for it
+curl http://{host}:{ollama}/v1/embeddings -H 'Content-Type: application/json' -d '{{"model": "smollm2-embed",
+  "input": "a llama on a hill"}}'
 
-  LLAMARUNNER_HOME={home} {python} -m llamarunner ask smollm2 "Write a haiku." --config {config}
+LLAMARUNNER_HOME={home} {program} ask smollm2 "Write a haiku."
 
-  {python} -c '
-  import ollama
-  for part in ollama.Client("http://{host}:{ollama}").chat(
-      "smollm2", [{{"role": "user", "content": "Count to ten."}}], stream=True):
-      print(part.message.content, end="", flush=True)
-  print()'
+{python} -c '
+import ollama
+for part in ollama.Client("http://{host}:{ollama}").chat(
+    "smollm2", [{{"role": "user", "content": "Count to ten."}}], stream=True):
+    print(part.message.content, end="", flush=True)
+print()'
 """
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make demo", description="LlamaRunner with a small model of its own.")
     parser.add_argument("--no-tui", action="store_true", help="serve without the control center")
-    headless = parser.parse_args().no_tui
+    parser.add_argument("--home", type=Path, default=CHECKOUT / ".demo", help="where the demo keeps its files")
+    options = parser.parse_args()
+    home: Path = options.home.resolve()
     model = find_model()
     if model is None:
         complain("the model is not installed; `make install` fetches it")
         return 1
     ollama, lmstudio = choose_port("Ollama", 11434), choose_port("LM Studio", 1234)
-    HOME.mkdir(mode=0o700, exist_ok=True)
-    config = HOME / "config.toml"
-    config.write_text(
-        CONFIG.format(ollama=ollama, lmstudio=lmstudio, path=tomli_w.dumps({"path": str(model)}).strip()),
-        encoding="utf-8",
-    )
-    say(f"wrote {config.relative_to(CHECKOUT)}; everything of the demo is below .demo/")
-    file = HOME / "try.txt"
-    lines = LINES.format(
-        file=file.relative_to(CHECKOUT),
-        host=HOST,
-        ollama=ollama,
-        lmstudio=lmstudio,
-        python=sys.executable,
-        config=config,
-        home=HOME,
-    )
-    file.write_text(lines, encoding="utf-8")
-    say(f"ready\n\n{lines}")
-    if not headless and not has_terminal():
+    write_config(home, model, ollama, lmstudio)
+    show_lines(home, ollama, lmstudio)
+    if not options.no_tui and not has_terminal():
         complain("the control center needs a terminal on standard input and output, and there is none here")
         complain("`make demo ARGS=--no-tui` serves without it")
         return 2
-    if not headless:
+    if not options.no_tui:
         wait_for_reader()
-    command = [sys.executable, "-m", "llamarunner", "--config", str(config), *(["--no-tui"] if headless else [])]
-    os.execve(sys.executable, command, demo_environment())
+    os.execve(
+        sys.executable,
+        [sys.executable, "-m", "llamarunner", *(["--no-tui"] if options.no_tui else [])],
+        demo_environment(home),
+    )
+
+
+def write_config(home: Path, model: Path, ollama: int, lmstudio: int) -> None:
+    """Where LLAMARUNNER_HOME makes llamarunner look for it."""
+    file = home / "config" / "config.toml"
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = tomli_w.dumps({"path": str(model)}).strip()
+    file.write_text(CONFIG.format(ollama=ollama, lmstudio=lmstudio, path=path), encoding="utf-8")
+    say(f"wrote {shown(file)}; everything of the demo is below {shown(home)}")
+
+
+def show_lines(home: Path, ollama: int, lmstudio: int) -> None:
+    file = home / "try.txt"
+    program = Path(sys.executable).with_name("llamarunner")
+    lines = LINES.format(
+        file=shown(file),
+        host=HOST,
+        ollama=ollama,
+        lmstudio=lmstudio,
+        home=shlex.quote(str(home)),
+        program=shlex.quote(str(program)),
+        python=shlex.quote(sys.executable),
+    )
+    file.write_text(lines, encoding="utf-8")
+    say(f"ready\n\n{lines}")
 
 
 def find_model() -> Path | None:
@@ -125,10 +139,14 @@ def choose_port(title: str, usual: int) -> int:
     return port
 
 
-def demo_environment() -> dict[str, str]:
+def demo_environment(home: Path) -> dict[str, str]:
     """Without settings of the user's that would change the demo."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAMARUNNER_")}
-    return {**kept, "LLAMARUNNER_HOME": str(HOME)}
+    return {**kept, "LLAMARUNNER_HOME": str(home)}
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(CHECKOUT) if path.is_relative_to(CHECKOUT) else path)
 
 
 def has_terminal() -> bool:

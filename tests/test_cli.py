@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 import types
@@ -387,7 +386,7 @@ class TestRealProcesses:
         assert result.stderr.splitlines()[-1] == "[]", result.stderr
 
     def test_a_dumb_terminal_is_no_terminal(self) -> None:
-        ours, theirs = pty.openpty()
+        ours, theirs = os.openpty()
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
         try:
             result = subprocess.run(

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from textual import events
 from textual._parser import ParseError
 from textual._xterm_parser import XTermParser
 from textual.drivers.linux_driver import LinuxDriver
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _MAX_QUEUED_WRITES = 64
 _MAX_QUEUED_CHARACTERS = 256 * 1024  # ten full screens of 200x60
 _MAX_PENDING_INPUT = 100  # keys and mouse moves on their way to the app; more are a paste gone wrong
+_MAX_PASTE = 4096  # characters; no field here takes more, and a megabyte would hold the loop for half a second
 _LAST_WORDS_S = 0.2  # what a terminal gets to take the final sequences
 _INPUT_END_S = 0.5
 _ESCAPE_POLL_S = 0.1  # a lone escape byte is known to be the key only after a moment
@@ -76,7 +78,8 @@ class TerminalWriter:
             self._append(last_words)
             self._stopping = True
         if self._thread.is_alive():
-            self._thread.join(_LAST_WORDS_S)
+            self._thread.join(_MAX_PASTE = 4096  # characters; no field here takes more, and a megabyte would hold the loop for half a second
+_LAST_WORDS_S)
 
     def abandon(self) -> None:
         """Nobody is there any more: write nothing further."""
@@ -291,6 +294,11 @@ class TerminalDriver(LinuxDriver):
         self._output.abandon()
         drop = getattr(self._app, "drop_screen", self._app.exit)
         self._post(drop)
+
+    def process_message(self, message: Message) -> None:
+        if isinstance(message, events.Paste) and len(message.text) > _MAX_PASTE:
+            message = events.Paste(message.text[:_MAX_PASTE])
+        super().process_message(message)
 
     def send_message(self, message: Message) -> None:
         """Pass a message to the app; while it has not taken earlier ones, new ones are dropped rather than piled up."""

@@ -22,7 +22,7 @@ import aiohttp
 from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import SchedulerConfig
 from llamarunner.engines.engine import Engine
-from llamarunner.errors import EngineError, EngineMissingError, LoadError, OverloadedError
+from llamarunner.errors import EngineError, EngineMissingError, LlamaRunnerError, LoadError, OverloadedError
 from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerState
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.runner import EngineLog, Runner
@@ -389,6 +389,8 @@ class RunnerManager:
             await runner.start()
         except EngineError as error:
             self._give_up(place, runner, error)
+        except LlamaRunnerError as error:  # its configuration asks for what its engine has not
+            self._give_up(place, runner, EngineError(error.message, hint=error.hint))
         except Exception:
             logger.exception("loading %s failed in an unforeseen way", place.model.name)
             self._give_up(

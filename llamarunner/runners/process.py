@@ -29,6 +29,7 @@ _POLL_S = 0.05
 _KILL_S = 10.0  # SIGKILL cannot be refused, but a driver can keep a process from ending
 _CLEAN_LOOKS = 2  # in a row: one look at all processes can miss a fork that happens meanwhile
 _TAG = "LLAMARUNNER_ENGINE"  # in the environment of the process, and so of whatever it starts
+_HAS_PROC = os.path.exists("/proc/self/environ")
 _PR_SET_PDEATHSIG = 1
 # looked up here: between fork and exec nothing may be imported or allocated that another thread could hold a lock of
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
@@ -167,19 +168,18 @@ class EngineProcess:
         self._wake.set()
 
     async def _own(self) -> None:
+        family: set[psutil.Process] = set()
         try:
             await self._wake.wait()
-            if self._stopping:
-                await self._terminate()
+            family = await asyncio.to_thread(self._family)
+            if self._stopping and self._grace_s > 0:
+                await self._terminate(family)
         finally:
             # also when the loop is being torn down and this task is cancelled
             self._signal_group(signal.SIGKILL)
-            await self._clean_up()
+            await self._clean_up(family)
 
-    async def _terminate(self) -> None:
-        if self._grace_s <= 0:
-            return
-        family = await asyncio.to_thread(self._family)
+    async def _terminate(self, family: set[psutil.Process]) -> None:
         deadline = self._loop.time() + self._grace_s
         self._signal_group(signal.SIGTERM)
         for member in family:
@@ -187,15 +187,16 @@ class EngineProcess:
         await asyncio.wait({self._ended}, timeout=self._grace_s)
         # a wrapper may end before the engine that it started
         while self._loop.time() < deadline:
-            if not await asyncio.to_thread(_any_alive, family):
+            if not await asyncio.to_thread(_living, family):
                 break
             await asyncio.sleep(_POLL_S)
 
-    async def _clean_up(self) -> None:
+    async def _clean_up(self, family: set[psutil.Process]) -> None:
         """After SIGKILL to the group: whoever left the group, the zombie, the pipe."""
         deadline, clean = self._loop.time() + _KILL_S, 0
         while clean < _CLEAN_LOOKS and self._loop.time() < deadline:
-            family = await asyncio.to_thread(self._family)
+            # one that is ending loses its environment before its files and devices: those once seen are followed
+            family = await asyncio.to_thread(lambda known: _living(known | self._family()), family)
             for member in family:
                 _signal_process(member, signal.SIGKILL)
             if family:
@@ -213,20 +214,20 @@ class EngineProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
-    def _family(self) -> list[psutil.Process]:
+    def _family(self) -> set[psutil.Process]:
         """Live processes that ours started, however they detached themselves: the tag in their environment stays."""
-        family = []
+        family = set()
         for pid in psutil.pids():
             if pid != self.pid and _environment_has(pid, self._tag):
                 with contextlib.suppress(psutil.Error):  # it ended meanwhile
-                    family.append(psutil.Process(pid))
+                    family.add(psutil.Process(pid))
         return family
 
 
 def _environment_has(pid: int, tag: str) -> bool:
     """False also for those that ended, zombies, and other users' processes."""
     try:
-        if sys.platform == "linux":
+        if _HAS_PROC:
             # as psutil does, at a fifth of the price: there may be thousands of processes to look at
             with open(f"/proc/{pid}/environ", "rb") as file:
                 return tag.encode() in file.read()
@@ -261,15 +262,14 @@ def _dies_with(parent: int) -> Callable[[], None]:
     return prepare
 
 
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
-
-
-def _any_alive(processes: Sequence[psutil.Process]) -> bool:
-    return any(_is_alive(process) for process in processes)
+def _living(processes: set[psutil.Process]) -> set[psutil.Process]:
+    """Those that are neither gone nor zombies."""
+    living = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                living.add(process)
+    return living
 
 
 def _signal_process(process: psutil.Process, number: signal.Signals) -> None:

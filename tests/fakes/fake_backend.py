@@ -3,8 +3,8 @@
     python tests/fakes/fake_backend.py [SCENE] [--theme NAME] [--ascii] [--asyncio] [--beat FILE]
 
 SCENE is busy, live, idle, cpu, empty, trouble or crash; `live` moves, `crash` raises in the third second, the others
-stand still. With `--beat` the loop writes down every 100 ms how late it ran at worst, and after a lost screen or a crash
-it goes on until SIGTERM, as the servers do.
+stand still. With `--beat` the loop writes down every 100 ms how late it ran at worst, and after a lost screen or a
+crash it goes on until SIGTERM, as the servers do.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def busy_models() -> tuple[ModelView, ...]:
     return (
         model("qwen3-14b", RunnerState.READY, reason="asked for by a request", gpu_bytes=int(11.3 * GIB),
               memory_bytes=int(0.9 * GIB), context=32768, slots=4, in_flight=3, queued=1, tokens_per_s=58.4,
-              state_s=421.0, load_s=6.8, pid=41822, port=40213, argv=argv, parameter_size="14.8B", aliases=("qwen",), pinned=True),
+              state_s=421.0, load_s=6.8, pid=41822, port=40213, argv=argv, parameter_size="14.8B", aliases=("qwen",),
+              pinned=True),
         model("llama-3.2-3b-instruct", RunnerState.READY, gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.4 * GIB),
               context=8192, slots=8, in_flight=1, tokens_per_s=142.7, state_s=95.0, load_s=2.1, pid=41901, port=40377,
               architecture="llama", parameter_size="3.2B", quantization="Q8_0"),

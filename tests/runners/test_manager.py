@@ -14,7 +14,7 @@ from running import ListLog, ScriptedEngine, is_alive, soon
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import ModelSettings, SchedulerConfig
-from llamarunner.errors import EngineMissingError, LoadError, OverloadedError
+from llamarunner.errors import EngineError, EngineMissingError, LoadError, OverloadedError, UnsupportedError
 from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerChanged, RunnerState
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.manager import Residence, RunnerManager
@@ -298,6 +298,17 @@ async def test_an_unknown_engine_is_told(make_stage: Any) -> None:
     model = Model("a", Path("/models/a.gguf"), ModelSettings(engine="nonesuch"))
     with pytest.raises(EngineMissingError, match="nonesuch"):
         await use(stage, model)
+
+
+async def test_a_plan_that_cannot_be_made_is_told_as_the_engines_fault(make_stage: Any) -> None:
+    """A flag in the configuration that the engine does not have: no client's mistake."""
+    stage = make_stage()
+    model = stage.model("a")
+    stage.engines["a"].error = UnsupportedError("unknown flag --x", hint="did you mean --y?")
+    with pytest.raises(EngineError, match="unknown flag --x") as failed:
+        await use(stage, model)
+    assert (failed.value.status, failed.value.hint) == (500, "did you mean --y?")
+    assert stage.at("a").failure is failed.value
 
 
 async def test_an_engine_that_dies_is_loaded_again_by_the_next_request(make_stage: Any) -> None:

@@ -284,8 +284,11 @@ async def test_an_end_while_ready(bench: Bench, tmp_path: Path) -> None:
 
 
 async def test_an_end_by_exit_code_while_ready(bench: Bench) -> None:
-    runner = bench.runner(exit={"at": "ready", "code": 0, "after_s": 0.1})
+    runner = bench.runner(exit={"at": "prompt", "code": 0})
     await runner.start()
+    assert runner.plan is not None
+    with pytest.raises(aiohttp.ClientError):
+        await bench.session.post(runner.plan.base_url + "/completion", json={}, headers=runner.plan.headers)
     await asyncio.wait_for(runner.wait_ended(), 5)
     assert "exit code 0" in runner.reason
 

@@ -223,7 +223,18 @@ def test_stopped_from_outside_and_continued_it_paints_again(opened: Open) -> Non
 def test_a_storm_of_resizes(opened: Open, beats: Callable[[], list[float]]) -> None:
     terminal = opened("busy")
     terminal.wait_for("2 Models")
-    for columns, rows in ((1, 1), (2, 5), (300, 100), (20, 5), (1, 50), (200, 1), (40, 12), (79, 23), (110, 34), (181, 60)):
+    for columns, rows in (
+        (1, 1),
+        (2, 5),
+        (300, 100),
+        (20, 5),
+        (1, 50),
+        (200, 1),
+        (40, 12),
+        (79, 23),
+        (110, 34),
+        (181, 60),
+    ):
         terminal.resize(columns, rows)
         beating(terminal, beats, 1)
     terminal.resize(20, 5)
@@ -236,16 +247,16 @@ def test_a_storm_of_resizes(opened: Open, beats: Callable[[], list[float]]) -> N
 
 @pytest.mark.parametrize("marks", [("\x1b[200~", "\x1b[201~"), ("", "")])
 def test_a_megabyte_pasted(opened: Open, beats: Callable[[], list[float]], marks: tuple[str, str]) -> None:
-    """With the marks of a bracketed paste, and as keys."""
+    """With the marks of a bracketed paste; and a ninth of it as keys, each of which is a message."""
     terminal = opened("busy")
     terminal.wait_for("2 Models")
     terminal.send("/")
     before = len(beats())
-    terminal.send(marks[0] + "gemma " * 175_000 + marks[1])
+    terminal.send(marks[0] + "gemma " * (175_000 if marks[0] else 20_000) + marks[1])
     terminal.wait_until(lambda: len(beats()) > before + 10, "beats", 30)
     terminal.send(KEY["escape"] + KEY["escape"])
     terminal.wait_for("qwen3-14b", 30)
-    assert max(beats()[before:]) < 2 * WORST_STALL_MS
+    assert max(beats()[before:]) < WORST_STALL_MS
     assert terminal.is_running
 
 

@@ -31,7 +31,6 @@ class LogsPane(Pane):
         Binding("pageup,ctrl+u", "scroll_pages(-1)", "Page up", show=False),
         Binding("home,g", "oldest", "First", show=False),
         Binding("end,G", "newest", "Last", show=False),
-        Binding("slash", "screen.filter", "Search", show=False),
         Binding("n", "find(-1)", "Next match (older)", show=False),
         Binding("N", "find(1)", "Previous match (newer)", show=False),
     ]

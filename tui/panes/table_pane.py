@@ -30,7 +30,6 @@ class TablePane(Pane):
         Binding("s", "sort", "Sort", show=False),
         Binding("S", "reverse", "Reverse the order", show=False),
         Binding("enter", "open", "Details", show=False),
-        Binding("slash", "screen.filter", "Filter", show=False),
     ]
 
     @dataclass

@@ -63,6 +63,8 @@ class MainScreen(Screen[None]):
         ),
         Binding("tab", "next_pane(1)", "Next pane", show=False),
         Binding("shift+tab", "next_pane(-1)", "Previous pane", show=False),
+        # priority: the field has the focus before the next key is passed on, however fast one types
+        Binding("slash", "filter", "Filter", show=False, priority=True),
         Binding("z", "zoom", "Zoom the pane", show=False),
         Binding("escape", "back", "Back", show=False),
         Binding("p", "pause", "Pause the log", show=False),
@@ -181,6 +183,9 @@ class MainScreen(Screen[None]):
 
     def action_filter(self) -> None:
         pane = self.panes[self.active]
+        if self.filter.has_focus:
+            self.filter.insert_text_at_cursor("/")
+            return
         if not isinstance(pane, TablePane | LogsPane):
             return
         self.filter.value = pane.needle
