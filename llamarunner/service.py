@@ -21,7 +21,8 @@ from llamarunner.instance import InstanceFile
 from llamarunner.proxies.lmstudio.dialect import LMStudioDialect
 from llamarunner.proxies.ollama.dialect import OllamaDialect
 from llamarunner.proxies.proxy import HttpProxy
-from llamarunner.proxies.relay import Relay, upstream_session
+from llamarunner.proxies.relay import Relay
+from llamarunner.proxies.upstream import upstream_session
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.manager import RunnerManager
 from llamarunner.telemetry.hardware import HardwareSampler

@@ -134,9 +134,9 @@ class ControlCenter(App[None]):
         """Textual would print the traceback with all local variables: prompts and keys among them."""
         self._return_code = 1
         if self._exception is None:
+            self._note_crash(error)
             self._exception = error
             self._exception_event.set()
-            self._note_crash(error)
         self._close_messages_no_wait()
 
     def panic(self, *renderables: Any) -> None:

@@ -78,8 +78,7 @@ class TerminalWriter:
             self._append(last_words)
             self._stopping = True
         if self._thread.is_alive():
-            self._thread.join(_MAX_PASTE = 4096  # characters; no field here takes more, and a megabyte would hold the loop for half a second
-_LAST_WORDS_S)
+            self._thread.join(_LAST_WORDS_S)
 
     def abandon(self) -> None:
         """Nobody is there any more: write nothing further."""

@@ -19,35 +19,20 @@ import orjson
 from aiohttp import web
 
 from llamarunner.catalog.catalog import Catalog, Model
-from llamarunner.errors import EngineGoneError, EngineRefusalError, LlamaRunnerError
+from llamarunner.errors import EngineGoneError, LlamaRunnerError
 from llamarunner.events import EventBus, RequestFinished, RequestPhase, RequestStarted, RequestTrace
-from llamarunner.proxies.dialect import SSE_TYPE, Dialect, error_response
+from llamarunner.proxies.dialect import Dialect, error_response
+from llamarunner.proxies.figures import loggable, note_figures
+from llamarunner.proxies.sse import WholeLines
+from llamarunner.proxies.stream import EventStream
+from llamarunner.proxies.upstream import ERROR_BYTES, GONE, parse_answer, read_all, read_block, read_most, refusal
 from llamarunner.runners.manager import Lease, RunnerManager
 
 logger = logging.getLogger(__name__)
 
 _TAIL_BYTES = 64 * 1024  # enough for the last event with its timings and usage
-_ERROR_BYTES = 64 * 1024  # an engine's error that is longer is cut
-GONE = "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error"
 
 Handler = Callable[[web.Request, RequestTrace], Awaitable[web.StreamResponse]]
-
-
-def upstream_session() -> aiohttp.ClientSession:
-    """For asking engines: as many connections as there are requests, no deadline but for connecting. A long prompt may
-    take minutes before its first byte.
-
-    Every request has a connection of its own: llama-server closes one after a stream, and a request that met it
-    closing would fail for no fault of its engine.
-    """
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-        auto_decompress=False,
-        headers={"Accept-Encoding": "identity"},
-        cookie_jar=aiohttp.DummyCookieJar(),
-        trust_env=False,
-    )
 
 
 class Relay:
@@ -77,16 +62,18 @@ class Relay:
             trace = RequestTrace(
                 dialect=dialect.name,
                 endpoint=request.path,
-                client=request.remote or "",
+                client=_client(request),
                 user_agent=request.headers.get("User-Agent", ""),
             )
             self._bus.publish(RequestStarted(trace))
             try:
                 response = await handler(request, trace)
                 trace.phase = RequestPhase.FAILED if trace.error else RequestPhase.DONE
+                trace.status = response.status
             except LlamaRunnerError as error:
-                trace.error, trace.phase = str(error), RequestPhase.FAILED
+                trace.error, trace.phase = loggable(error), RequestPhase.FAILED
                 response = error_response(dialect, error, request.path)
+                trace.status = response.status
             except (asyncio.CancelledError, ConnectionResetError):
                 trace.status, trace.phase, trace.error = 499, RequestPhase.CANCELLED, "the client left"
                 raise
@@ -96,7 +83,6 @@ class Relay:
             finally:
                 trace.finished = time.monotonic()
                 self._bus.publish(RequestFinished(trace))
-            trace.status = response.status
             return response
 
         return handle
@@ -109,40 +95,29 @@ class Relay:
 
         Leaving the block with the answer unread closes the connection, and the engine stops generating.
         """
-        async with self.manager.acquire(model, trace, keep_alive_s=keep_alive_s) as lease:
-            headers = {**lease.headers, "Content-Type": "application/json"}
-            try:
-                async with self._session.post(lease.base_url + path, data=body, headers=headers) as upstream:
-                    if upstream.status >= 400:
-                        raise _refusal(upstream.status, await upstream.content.read(_ERROR_BYTES))
-                    yield upstream, lease
-            except aiohttp.ClientConnectionResetError:
-                raise  # our own client's connection, not the engine's
-            except (aiohttp.ClientError, TimeoutError) as error:
-                raise await self._gone(lease, error) from error
+        async with (
+            self.manager.acquire(model, trace, keep_alive_s=keep_alive_s) as lease,
+            self.ask_under(lease, path, body) as upstream,
+        ):
+            yield upstream, lease
 
-    async def ask_json(
-        self, model: Model, path: str, body: object, trace: RequestTrace, *, keep_alive_s: float | None = None
-    ) -> dict[str, Any]:
-        """The engine's whole answer, as an object."""
-        async with self.ask(model, path, orjson.dumps(body), trace, keep_alive_s=keep_alive_s) as (upstream, _):
-            answer = orjson.loads(await upstream.read())
-            if not isinstance(answer, dict):
-                raise EngineGoneError("the engine answered with something that is not an object")
-            note_figures(trace, answer)
-            return answer
+    @asynccontextmanager
+    async def ask_under(self, lease: Lease, path: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        """As `ask`, under a lease already held: whoever asked for a second one could wait for its own first."""
+        headers = {**lease.headers, "Content-Type": "application/json"}
+        try:
+            upstream = await self._session.post(lease.base_url + path, data=body, headers=headers, allow_redirects=False)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise await self._gone(lease, error) from error
+        async with upstream:
+            if upstream.status >= 300:
+                raise refusal(upstream.status, await read_most(upstream, ERROR_BYTES))
+            yield upstream
 
     async def call(self, lease: Lease, path: str, body: object) -> dict[str, Any]:
         """A quick question to the engine under a lease already held (tokenize, apply-template)."""
-        headers = {**lease.headers, "Content-Type": "application/json"}
-        async with self._session.post(lease.base_url + path, data=orjson.dumps(body), headers=headers) as upstream:
-            raw = await upstream.read()
-            if upstream.status >= 400:
-                raise _refusal(upstream.status, raw[:_ERROR_BYTES])
-            answer = orjson.loads(raw)
-            if not isinstance(answer, dict):
-                raise EngineGoneError(f"the engine's answer to {path} is not an object")
-            return answer
+        async with self.ask_under(lease, path, orjson.dumps(body)) as upstream:
+            return parse_answer(await read_all(upstream))
 
     async def _gone(self, lease: Lease, error: Exception) -> EngineGoneError:
         """Say what became of the engine. Its end is often noticed an instant after its connections break."""
@@ -158,40 +133,33 @@ class Relay:
         content_type = upstream.headers.get("Content-Type", "application/json")
         if not content_type.startswith("text/event-stream"):
             return await _whole(upstream, trace, content_type)
-        response = sse_response()
-        await response.prepare(request)
-        trace.phase = RequestPhase.STREAMING
+        stream = EventStream(request, trace, dialect)
+        lines = WholeLines()
         tail: deque[bytes] = deque()
         tail_bytes = 0
         try:
-            while block := await upstream.content.readany():
+            while block := await read_block(upstream):
                 if trace.first_byte is None and b'"content":null' not in block:
                     trace.first_byte = time.monotonic()
                 trace.output_tokens = (trace.output_tokens or 0) + block.count(b"data: {")
-                trace.bytes_out += len(block)
                 tail.append(block)
                 tail_bytes += len(block)
                 while tail_bytes - len(tail[0]) >= _TAIL_BYTES:
                     tail_bytes -= len(tail.popleft())
-                await response.write(block)
-        except aiohttp.ClientPayloadError as error:
-            trace.error = f"{GONE}: {error}"
-            body = orjson.dumps(dialect.stream_error(EngineGoneError(GONE), request.path))
-            await response.write(b"data: " + body + b"\n\n")
+                await stream.write(lines.feed(block))
+        except EngineGoneError as error:
+            await stream.fail(error)
         _note_last_events(trace, b"".join(tail))
-        await response.write_eof()
-        return response
+        return await stream.end()
 
 
-def sse_response() -> web.StreamResponse:
-    """Headers that keep every proxy on the way from holding events back."""
-    return web.StreamResponse(
-        headers={"Content-Type": SSE_TYPE, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    )
+def _client(request: web.Request) -> str:
+    peer = request.transport.get_extra_info("peername") if request.transport is not None else None
+    return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else ""
 
 
 async def _whole(upstream: aiohttp.ClientResponse, trace: RequestTrace, content_type: str) -> web.Response:
-    body = await upstream.read()
+    body = await read_all(upstream)
     trace.first_byte = time.monotonic()
     trace.bytes_out = len(body)
     try:
@@ -203,32 +171,6 @@ async def _whole(upstream: aiohttp.ClientResponse, trace: RequestTrace, content_
     return web.Response(body=body, status=upstream.status, headers={"Content-Type": content_type})
 
 
-def _refusal(status: int, body: bytes) -> EngineRefusalError:
-    """llama-server answers `{"error": {"code", "message", "type"}}`; a stranger may answer anything."""
-    try:
-        error = orjson.loads(body)["error"]
-        return EngineRefusalError(status, str(error["message"]), kind=str(error.get("type", "")))
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-        text = body.decode("utf-8", "replace").strip()
-        return EngineRefusalError(status, text or f"the engine answered with status {status}")
-
-
-def note_figures(trace: RequestTrace, answer: dict[str, Any]) -> None:
-    """Tokens and rates of a whole answer, or of a stream's event that carries them."""
-    usage = answer.get("usage")
-    if isinstance(usage, dict):
-        trace.prompt_tokens = usage.get("prompt_tokens", trace.prompt_tokens)
-        trace.output_tokens = usage.get("completion_tokens", trace.output_tokens)
-    timings = answer.get("timings")
-    if isinstance(timings, dict):
-        cached = timings.get("cache_n") or 0
-        trace.prompt_tokens = cached + (timings.get("prompt_n") or 0)
-        trace.cached_tokens = cached
-        trace.output_tokens = timings.get("predicted_n", trace.output_tokens)
-        trace.prompt_tokens_per_s = timings.get("prompt_per_second")
-        trace.output_tokens_per_s = timings.get("predicted_per_second")
-
-
 def _note_last_events(trace: RequestTrace, tail: bytes) -> None:
     for line in tail.split(b"\n"):
         if line.startswith(b"data: {") and any(key in line for key in (b'"timings"', b'"usage"', b'"error"')):
@@ -238,5 +180,5 @@ def _note_last_events(trace: RequestTrace, tail: bytes) -> None:
                 logger.debug("an event of %s bytes could not be read for its figures", len(line))
                 continue
             note_figures(trace, event)
-            if isinstance(event.get("error"), dict):
-                trace.error = str(event["error"].get("message", "the engine reported an error"))
+            if "error" in event:
+                trace.error = trace.error or "the engine reported an error"

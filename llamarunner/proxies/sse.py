@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 
 from llamarunner.errors import EngineGoneError
+from llamarunner.proxies.upstream import read_block
 
 MAX_EVENT_BYTES = 8 * 1024**2
 """An event that is larger is no event but a fault; real ones with many logprobs reach a megabyte."""
@@ -30,9 +31,32 @@ class EventSplitter:
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
 
-async def event_batches(content: aiohttp.StreamReader) -> AsyncIterator[list[bytes]]:
-    """The payloads that arrived together, as they arrive; each list has at least one."""
+class WholeLines:
+    """Bytes in, the same bytes out, but lines only whole: of one that never ends nothing is passed on."""
+
+    def __init__(self) -> None:
+        self._rest: list[bytes] = []
+        self._held = 0
+
+    def feed(self, block: bytes) -> bytes:
+        if not self._rest and block.endswith(b"\n"):
+            return block
+        whole, newline, rest = block.rpartition(b"\n")
+        out = b"".join([*self._rest, whole, newline]) if newline else b""
+        if newline:
+            self._rest, self._held = [], 0
+        if rest:
+            self._rest.append(rest)
+            self._held += len(rest)
+        if self._held > MAX_EVENT_BYTES:
+            raise EngineGoneError("the engine sent an event without an end")
+        return out
+
+
+async def event_batches(upstream: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]:
+    """The payloads that arrived together, as they arrive; each list has at least one. Raises EngineGoneError where the
+    stream breaks off."""
     splitter = EventSplitter()
-    while block := await content.readany():
+    while block := await read_block(upstream):
         if events := splitter.feed(block):
             yield events

@@ -183,7 +183,8 @@ class EngineProcess:
         deadline = self._loop.time() + self._grace_s
         self._signal_group(signal.SIGTERM)
         for member in family:
-            _signal_process(member, signal.SIGTERM)
+            if not self._is_in_group(member):  # llama-server takes a second one for impatience
+                _signal_process(member, signal.SIGTERM)
         await asyncio.wait({self._ended}, timeout=self._grace_s)
         # a wrapper may end before the engine that it started
         while self._loop.time() < deadline:
@@ -213,6 +214,12 @@ class EngineProcess:
     def _signal_group(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
+
+    def _is_in_group(self, member: psutil.Process) -> bool:
+        try:
+            return os.getpgid(member.pid) == self.pid
+        except ProcessLookupError:
+            return True
 
     def _family(self) -> set[psutil.Process]:
         """Live processes that ours started, however they detached themselves: the tag in their environment stays."""

@@ -217,7 +217,7 @@ async def test_nothing_it_started_is_left(guardian: Guardian, tmp_path: Path, ki
 async def test_the_engine_of_a_wrapper_has_its_grace(guardian: Guardian, tmp_path: Path) -> None:
     engine = (
         "import signal, sys, time\n"
-        f"def end(*_): time.sleep(0.4); open({str(tmp_path / 'done')!r}, 'w').write('x'); sys.exit()\n"
+        f"def end(*_): open({str(tmp_path / 'done')!r}, 'a').write('x'); time.sleep(0.4); print('bye'); sys.exit()\n"
         "signal.signal(signal.SIGTERM, end)\n" + FOREVER
     )
     output = Output()
@@ -226,8 +226,21 @@ async def test_the_engine_of_a_wrapper_has_its_grace(guardian: Guardian, tmp_pat
     await soon(lambda: b"up" in output.data)
     begun = time.monotonic()
     await process.stop(10)
-    assert (tmp_path / "done").read_text() == "x"
+    assert (tmp_path / "done").read_text() == "x"  # it was told once
+    assert output.data == b"up\nbye\n"
     assert time.monotonic() - begun < 5
+
+
+async def test_where_there_is_no_pidfd(monkeypatch: pytest.MonkeyPatch, guardian: Guardian) -> None:
+    def refuse(pid: int) -> int:
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    ends, stopped = await run("raise SystemExit(6)", guardian), await run(FOREVER, guardian)
+    assert await asyncio.wait_for(ends.wait(), 5) == 6
+    await asyncio.gather(ends.stop(1), stopped.stop(5))
+    assert stopped.returncode == -signal.SIGTERM
+    assert children() == {guardian.pid}
 
 
 @on_every_loop

@@ -11,15 +11,18 @@ from aiohttp import web
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.errors import EngineGoneError, LlamaRunnerError
-from llamarunner.events import RequestPhase, RequestTrace
+from llamarunner.events import RequestTrace
 from llamarunner.proxies.body import json_kind, parse_object, read_body
 from llamarunner.proxies.dialect import json_response
+from llamarunner.proxies.figures import note_figures
 from llamarunner.proxies.lmstudio import describe
 from llamarunner.proxies.lmstudio.errors import FieldError, NoModelError, error_body, stream_error
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.proxy import route
-from llamarunner.proxies.relay import GONE, Relay, note_figures, sse_response
+from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.sse import DONE, event_batches
+from llamarunner.proxies.stream import EventStream
+from llamarunner.proxies.upstream import parse_answer, read_all
 from llamarunner.runners.manager import Lease
 
 _CHAT = "/v1/chat/completions"
@@ -85,7 +88,7 @@ class LMStudioDialect:
             tail = _Tail(model, lease, trace)
             if trace.stream:
                 return await self._stream(request, upstream, trace, tail)
-            answer = orjson.loads(await upstream.read())
+            answer = parse_answer(await read_all(upstream))
         trace.first_byte = time.monotonic()
         note_figures(trace, answer)
         choices = answer.get("choices") or [{}]
@@ -96,20 +99,14 @@ class LMStudioDialect:
         self, request: web.Request, upstream: aiohttp.ClientResponse, trace: RequestTrace, tail: _Tail
     ) -> web.StreamResponse:
         """The engine's events as they are, but for the one with the figures, which gets LM Studio's own as well."""
-        response = sse_response()
-        await response.prepare(request)
-        trace.phase = RequestPhase.STREAMING
+        stream = EventStream(request, trace, self)
         try:
-            async for events in event_batches(upstream.content):
-                out = b"".join(b"data: " + tail.add_to(event) + b"\n\n" for event in events)
+            async for events in event_batches(upstream):
                 trace.output_tokens = (trace.output_tokens or 0) + len(events)
-                trace.bytes_out += len(out)
-                await response.write(out)
-        except aiohttp.ClientPayloadError:
-            trace.error = GONE
-            await response.write(b"data: " + orjson.dumps(stream_error(EngineGoneError(GONE))) + b"\n\n")
-        await response.write_eof()
-        return response
+                await stream.write(b"".join(b"data: " + tail.add_to(event) + b"\n\n" for event in events))
+        except EngineGoneError as error:
+            await stream.fail(error)
+        return await stream.end()
 
 
 class LMStudioOpenAI(OpenAIRoutes):
@@ -178,11 +175,13 @@ class _Tail:
             record = orjson.loads(event)
         except orjson.JSONDecodeError:
             return event
+        if not isinstance(record, dict):
+            return event
         for choice in record.get("choices") or ():
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         if isinstance(record.get("error"), dict):
-            self._trace.error = str(record["error"].get("message", "the engine reported an error"))
-            return orjson.dumps({**record, "message": self._trace.error})
+            self._trace.error = "the engine reported an error"
+            return orjson.dumps({**record, "message": str(record["error"].get("message", self._trace.error))})
         if not has_figures:
             return event
         note_figures(self._trace, record)

@@ -1,0 +1,31 @@
+"""What is noted of an answer: tokens, rates, and what went wrong, in words that quote nobody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llamarunner.errors import EngineRefusalError, LlamaRunnerError
+from llamarunner.events import RequestTrace
+
+
+def loggable(error: LlamaRunnerError) -> str:
+    """What may be kept of `error`: an engine quotes what it refuses, and that may be the prompt."""
+    if isinstance(error, EngineRefusalError):
+        return f"the engine refused it: status {error.status} {error.kind}".rstrip()
+    return str(error)
+
+
+def note_figures(trace: RequestTrace, answer: dict[str, Any]) -> None:
+    """Tokens and rates of a whole answer, or of a stream's event that carries them."""
+    usage = answer.get("usage")
+    if isinstance(usage, dict):
+        trace.prompt_tokens = usage.get("prompt_tokens", trace.prompt_tokens)
+        trace.output_tokens = usage.get("completion_tokens", trace.output_tokens)
+    timings = answer.get("timings")
+    if isinstance(timings, dict):
+        cached = timings.get("cache_n") or 0
+        trace.prompt_tokens = cached + (timings.get("prompt_n") or 0)
+        trace.cached_tokens = cached
+        trace.output_tokens = timings.get("predicted_n", trace.output_tokens)
+        trace.prompt_tokens_per_s = timings.get("prompt_per_second")
+        trace.output_tokens_per_s = timings.get("predicted_per_second")
