@@ -78,6 +78,7 @@ def held(port: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.timeout(240)  # the model answers three times
 def test_a_taken_port_is_named_and_the_printed_lines_work(tmp_path: Path) -> None:
     with held(11434), daemon(tmp_path) as process:
         said = read_until(process, "stop with")
