@@ -30,7 +30,7 @@ format: install ## Format the code, and mend what lint can.
 	$(PYTHON_IN_VENV) -m ruff format .
 
 bench: install ## Measure speed and size, and compare with the budgets. Wants an otherwise idle machine.
-	@$(PYTHON_IN_VENV) bench/run.py $(ARGS)
+	@$(PYTHON_IN_VENV) -m bench.run $(ARGS)
 
 wheel: install ## Build the wheel into dist/.
 	@mkdir -p dist

@@ -33,7 +33,7 @@ port = {lmstudio}
 [models.smollm2]
 {path}
 aliases = ["SmolLM2-135M"]
-flags = { predict = 200 }        # the most tokens of an answer that asks for no limit: so small a model may go on for long
+flags.predict = 200        # the most tokens of an answer that asks for no limit: so small a model may go on for long
 
 # The same file a second time, for embeddings: with one model loaded at a time, asking it makes smollm2 leave.
 [models.smollm2-embed]

@@ -110,7 +110,7 @@ async def _stream(
         ):
             if response.status != 200:
                 raise _refusal(response.status, await response.read())
-            async for events in event_batches(response.content):
+            async for events in event_batches(response.content.readany):
                 for event in events:
                     await _take(event, answer, progress, quiet=quiet)
     except aiohttp.ClientError as error:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from llamarunner import paths
@@ -58,6 +59,8 @@ class Program:
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self._screen: ControlCenter | None = None
+        self._hung_up = False
+        self._terminals = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]  # once gone, it says no
 
     async def main(self, *, tui: bool) -> int:
         loop = asyncio.get_running_loop()
@@ -114,6 +117,8 @@ class Program:
             await screen.run_async(mouse=wanted.mouse)
         finally:
             self._screen = None
+        if self._hung_up:
+            _let_go(self._terminals)
         match screen.outcome:
             case "quit":
                 self._stop.set()
@@ -125,8 +130,11 @@ class Program:
 
     def _on_hangup(self) -> None:
         logger.info("the terminal hung up; serving without a screen")
+        self._hung_up = True
         if self._screen is not None:
             self._screen.drop_screen()
+        else:
+            _let_go(self._terminals)
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -155,6 +163,15 @@ def say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+
+
+def _let_go(terminals: Iterable[int]) -> None:
+    """Point these descriptors nowhere: what still wrote to a terminal that is gone would fail, and Python's last flush
+    with it."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in terminals:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
 
 
 def _shown_host(host: str) -> str:

@@ -16,7 +16,7 @@ from llamarunner.control.backend import Backend
 from llamarunner.control.local import LocalBackend, Sources
 from llamarunner.engines.registry import make_engines
 from llamarunner.errors import LlamaRunnerError
-from llamarunner.events import Event, EventBus, RunnerChanged
+from llamarunner.events import Event, EventBus, RunnerChanged, RunnerState
 from llamarunner.instance import InstanceFile
 from llamarunner.proxies.lmstudio.dialect import LMStudioDialect
 from llamarunner.proxies.ollama.dialect import OllamaDialect
@@ -111,7 +111,7 @@ class Service:
             self._proxy(LMStudioDialect(relay)),
         ]
         self._backend = LocalBackend(self._sources(self._manager), self._bus)
-        self._bus.subscribe(self._note_pids)
+        self._bus.subscribe(self._note_runner)
         await self._start_proxies()
         self._rescan = asyncio.create_task(self._watch_folders(), name="rescan")
         if self._is_announced:
@@ -190,9 +190,11 @@ class Service:
     def _addresses(self) -> dict[str, tuple[str, int]]:
         return {proxy.name: (proxy.host, proxy.port) for proxy in self.proxies if proxy.is_running}
 
-    def _note_pids(self, event: Event) -> None:
+    def _note_runner(self, event: Event) -> None:
         if isinstance(event, RunnerChanged):
             self._pids = tuple(self.manager.pids)
+            level = logging.WARNING if event.new is RunnerState.FAILED else logging.INFO
+            logger.log(level, "%s: %s → %s: %s", event.model, event.old, event.new, event.reason)
 
     def _engine_pids(self) -> tuple[int, ...]:
         """Called in the hardware thread, so it reads one tuple that the loop replaces whole."""

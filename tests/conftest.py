@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "fakes"))
 
-from serving import Serving, scripted_config, serve  # noqa: E402  # the folder of the fakes must be on the path first
+from serving import Serving, scripted_config, serve  # the folder of the fakes must be on the path first
 
 RunService = Callable[..., AbstractAsyncContextManager[Serving]]
 

@@ -17,6 +17,7 @@ from textual.binding import Binding, BindingType
 from textual.command import CommandPalette
 from textual.screen import Screen
 from textual.widgets import Input
+from textual.worker import WorkerFailed
 
 from llamarunner.control.backend import Backend, Outcome
 from llamarunner.control.snapshot import ModelView, RunnerState, Snapshot
@@ -81,12 +82,12 @@ class ControlCenter(App[None]):
         mouse: bool = True,
         size: tuple[int, int] | None = None,
         auto_pilot: AutopilotCallbackType | None = None,
-    ) -> None:
+    ) -> Any:
         """Run until left, lost or crashed, and never raise for a crash: `outcome` and `crash` tell."""
         loop = asyncio.get_running_loop()
         self._task_factory = loop.get_task_factory()
         try:
-            await super().run_async(
+            return await super().run_async(
                 headless=headless,
                 inline=inline,
                 inline_no_clear=inline_no_clear,
@@ -96,6 +97,7 @@ class ControlCenter(App[None]):
             )
         except Exception as error:  # noqa: BLE001  # the boundary: the servers in the same loop go on
             self._note_crash(error)
+            return None
         finally:
             loop.set_task_factory(self._task_factory)
 
@@ -134,7 +136,7 @@ class ControlCenter(App[None]):
         """Textual would print the traceback with all local variables: prompts and keys among them."""
         self._return_code = 1
         if self._exception is None:
-            self._note_crash(error)
+            self._note_crash(error.error if isinstance(error, WorkerFailed) else error)
             self._exception = error
             self._exception_event.set()
         self._close_messages_no_wait()
@@ -342,6 +344,9 @@ class ControlCenter(App[None]):
         began = time.monotonic()
         try:
             outcome = await command
+        except Exception as error:  # the boundary to the service: its fault is told, the screen stays
+            logger.exception("%s could not be %s", name, done)
+            outcome = Outcome(False, f"{type(error).__name__}: {error}", "see the log")
         finally:
             del self._commands[name]
         if not outcome.ok:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import lru_cache
 from typing import Literal
 
-from rich.cells import cell_len, chop_cells, set_cell_size
+from rich.cells import cell_len, set_cell_size
 
 Align = Literal["left", "right"]
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~]?)")
-# C0, DEL, C1; marks that reorder the rest of the line; joiners and selectors on whose width terminals disagree
-_INVISIBLE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff\U0001f3fb-\U0001f3ff]"
-)
+# controls, marks that reorder the rest of the line, joiners, tags, halves of characters
+_INVISIBLE = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+_UNSURE = re.compile("[\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0100-\U000e01ef]")  # terminals disagree on their width
 _FLAG_LETTERS = {0x1F1E6 + index: chr(ord("A") + index) for index in range(26)}
 
 # one for one
@@ -29,7 +29,9 @@ def plain(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     text = _ESCAPES.sub("", text).replace("\t", "    ").replace("\n", " ")
-    return _INVISIBLE.sub("", text).translate(_FLAG_LETTERS)
+    if not text.isascii():
+        text = _UNSURE.sub("", text).translate(_FLAG_LETTERS)
+    return "".join(character for character in text if unicodedata.category(character) not in _INVISIBLE)
 
 
 def fit(text: str, width: int, align: Align = "left") -> str:
@@ -44,7 +46,28 @@ def fit(text: str, width: int, align: Align = "left") -> str:
 
 def wrap(text: str, width: int) -> list[str]:
     """Lines of at most `width` cells; words are broken, as in a log."""
-    return chop_cells(text, width) if text and width > 0 else [text]
+    width = max(2, width)  # no character is wider
+    if text.isascii():
+        return [text[start : start + width] for start in range(0, len(text), width)] or [""]
+    lines, room = [""], width
+    for character in text:
+        cells = cell_len(character)
+        if cells > room:
+            lines.append("")
+            room = width
+        lines[-1] += character
+        room -= cells
+    return lines
+
+
+def wrap_words(text: str, width: int) -> list[str]:
+    """Wrapped between words; one that is too long is broken."""
+    lines = [""]
+    for word in text.split(" "):
+        if lines[-1] and cell_len(lines[-1]) + 1 + cell_len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
+    return [piece for line in lines for piece in wrap(line, width)]
 
 
 def to_ascii(text: str) -> str:

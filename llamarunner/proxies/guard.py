@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -62,7 +62,10 @@ class Guard:
     def admits_origin(self, origin: str) -> bool:
         if "*" in self.cors_origins or origin in self.cors_origins:
             return True
-        parts = urlsplit(origin)
+        try:
+            parts = urlsplit(origin)
+        except ValueError:
+            return False
         if parts.scheme in _APP_SCHEMES:
             return True
         name = (parts.hostname or "").lower()
@@ -124,11 +127,20 @@ def guard_middleware(guard: Guard, refuse_key: Callable[[str], object], open_pat
                 response.headers["WWW-Authenticate"] = "Bearer"
             else:
                 response = await handler(request)
-        if origin is not None and not response.prepared:
-            _add_cors(response, request, origin)
         return response
 
     return check
+
+
+def cors_signal(guard: Guard) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """For `on_response_prepare`: a stream has sent its headers long before its handler returns."""
+
+    async def add(request: web.Request, response: web.StreamResponse) -> None:
+        origin = request.headers.get("Origin")
+        if origin is not None and guard.admits_origin(origin):
+            _add_cors(response, request, origin)
+
+    return add
 
 
 def _add_cors(response: web.StreamResponse, request: web.Request, origin: str) -> None:

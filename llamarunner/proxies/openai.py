@@ -17,6 +17,7 @@ from llamarunner.errors import LlamaRunnerError, RequestError, UnsupportedError
 from llamarunner.events import RequestTrace
 from llamarunner.proxies.body import json_kind, parse_object, read_body
 from llamarunner.proxies.dialect import Dialect, json_response
+from llamarunner.proxies.openai_body import check_messages, check_tools
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
 
@@ -63,10 +64,25 @@ class OpenAIRoutes(ABC):
             raise RequestError(f"model must be a string, not {json_kind(name)}")
         return self._relay.catalog.find(name)
 
+    def begin(self, body: dict[str, Any], trace: RequestTrace) -> Model:
+        """The model of `body`; what `trace` may know of both."""
+        if isinstance(name := body.get("model"), str):
+            trace.model = name
+        stream = body.get("stream")
+        if stream is not None and not isinstance(stream, bool):
+            raise RequestError(f"stream must be true or false, not {json_kind(stream)}")
+        trace.stream = stream is True
+        model = self.find(body)
+        trace.model = model.name
+        return model
+
     def check_chat(self, body: dict[str, Any], model: Model) -> bool:
         """Raise RequestError for what the engine must not see; True where `body` was changed."""
         if model.is_embedding_only:
             raise UnsupportedError(f'"{model.name}" does not support chat')
+        check_messages(body.get("messages"), model)
+        if body.get("tools") is not None:
+            check_tools(body["tools"])
         return False
 
     def check_completion(self, body: dict[str, Any], model: Model) -> bool:
@@ -92,10 +108,7 @@ class OpenAIRoutes(ABC):
         async def forward(request: web.Request, trace: RequestTrace) -> web.StreamResponse:
             raw = await read_body(request)
             body = parse_object(raw)
-            trace.model = str(body.get("model", ""))
-            trace.stream = body.get("stream") is True
-            model = self.find(body)
-            trace.model = model.name
+            model = self.begin(body, trace)
             if check(body, model):
                 raw = orjson.dumps(body)
             async with self._relay.ask(model, path, raw, trace, keep_alive_s=self.keep_alive(body)) as (upstream, _):

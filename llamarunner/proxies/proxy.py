@@ -18,10 +18,11 @@ from llamarunner.errors import LlamaRunnerError, PortTakenError, RequestError
 from llamarunner.events import EventBus, ProxyChanged
 from llamarunner.ports import holder_of
 from llamarunner.proxies.dialect import Dialect, error_response
-from llamarunner.proxies.guard import Guard, guard_middleware
+from llamarunner.proxies.guard import Guard, cors_signal, guard_middleware
 
 logger = logging.getLogger(__name__)
 
+_BEGUN = web.RequestKey("begun", bool)  # headers were sent
 _STOP_S = 1.0  # answers have been drained before; what is left may be cut
 
 
@@ -143,6 +144,7 @@ class HttpProxy:
         )
         application.router.add_routes(self.dialect.routes())
         application.on_response_prepare.append(_sign)
+        application.on_response_prepare.append(cors_signal(guard))
         return application
 
     def _errors_in_dialect(self) -> Middleware:
@@ -160,6 +162,8 @@ class HttpProxy:
                 raise
             except Exception:
                 logger.exception("%s %s failed in an unforeseen way", request.method, request.path)
+                if request.get(_BEGUN):
+                    raise  # the connection is cut: an answer in the midst of another would only confuse
                 unforeseen = LlamaRunnerError("internal error", hint="the log has the details")
                 return error_response(self.dialect, unforeseen, request.path)
 
@@ -193,5 +197,6 @@ def route(method: str, path: str, handler: Handler) -> list[web.RouteDef]:
     return [web.route(method, each, handler) for each in paths]
 
 
-async def _sign(_request: web.Request, response: web.StreamResponse) -> None:
+async def _sign(request: web.Request, response: web.StreamResponse) -> None:
+    request[_BEGUN] = True
     response.headers["Server"] = f"LlamaRunner/{__version__}"

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -30,6 +30,7 @@ from llamarunner.runners.manager import Lease, RunnerManager
 
 logger = logging.getLogger(__name__)
 
+_NOTICE_S = 5.0  # within which the end of an engine that takes no connections must show
 _TAIL_BYTES = 64 * 1024  # enough for the last event with its timings and usage
 
 Handler = Callable[[web.Request, RequestTrace], Awaitable[web.StreamResponse]]
@@ -95,10 +96,16 @@ class Relay:
 
         Leaving the block with the answer unread closes the connection, and the engine stops generating.
         """
-        async with (
-            self.manager.acquire(model, trace, keep_alive_s=keep_alive_s) as lease,
-            self.ask_under(lease, path, body) as upstream,
-        ):
+        async with AsyncExitStack() as held:
+            lease = await held.enter_async_context(self.manager.acquire(model, trace, keep_alive_s=keep_alive_s))
+            try:
+                upstream = await held.enter_async_context(self.ask_under(lease, path, body))
+            except UnreachedError:
+                # the engine ended a moment ago, and its runner is about to notice: the next one takes the request
+                await held.aclose()
+                await _wait_ended(lease)
+                lease = await held.enter_async_context(self.manager.acquire(model, trace, keep_alive_s=keep_alive_s))
+                upstream = await held.enter_async_context(self.ask_under(lease, path, body))
             yield upstream, lease
 
     @asynccontextmanager
@@ -106,9 +113,13 @@ class Relay:
         """As `ask`, under a lease already held: whoever asked for a second one could wait for its own first."""
         headers = {**lease.headers, "Content-Type": "application/json"}
         try:
-            upstream = await self._session.post(lease.base_url + path, data=body, headers=headers, allow_redirects=False)
+            upstream = await self._session.post(
+                lease.base_url + path, data=body, headers=headers, allow_redirects=False
+            )
+        except aiohttp.ClientConnectorError as error:
+            raise UnreachedError(GONE, hint="it takes no connections") from error
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise await self._gone(lease, error) from error
+            raise await _gone(lease, error) from error
         async with upstream:
             if upstream.status >= 300:
                 raise refusal(upstream.status, await read_most(upstream, ERROR_BYTES))
@@ -118,13 +129,6 @@ class Relay:
         """A quick question to the engine under a lease already held (tokenize, apply-template)."""
         async with self.ask_under(lease, path, orjson.dumps(body)) as upstream:
             return parse_answer(await read_all(upstream))
-
-    async def _gone(self, lease: Lease, error: Exception) -> EngineGoneError:
-        """Say what became of the engine. Its end is often noticed an instant after its connections break."""
-        logger.warning("%s: the connection to the engine broke: %s", lease.runner.model.name, error)
-        await asyncio.sleep(0.05)
-        cause = lease.runner.error
-        return EngineGoneError(GONE, hint=cause.message if cause is not None else "")
 
     async def pass_through(
         self, request: web.Request, upstream: aiohttp.ClientResponse, trace: RequestTrace, dialect: Dialect
@@ -151,6 +155,27 @@ class Relay:
             await stream.fail(error)
         _note_last_events(trace, b"".join(tail))
         return await stream.end()
+
+
+class UnreachedError(EngineGoneError):
+    """The engine never saw the request."""
+
+
+async def _gone(lease: Lease, error: Exception) -> EngineGoneError:
+    """Say what became of the engine. Its end is often noticed an instant after its connections break."""
+    logger.warning("%s: the connection to the engine broke: %s", lease.runner.model.name, error)
+    await asyncio.sleep(0.05)
+    cause = lease.runner.error
+    return EngineGoneError(GONE, hint=cause.message if cause is not None else "")
+
+
+async def _wait_ended(lease: Lease) -> None:
+    """Raises EngineGoneError where the runner goes on."""
+    try:
+        async with asyncio.timeout(_NOTICE_S):
+            await lease.runner.wait_ended()
+    except TimeoutError as error:
+        raise await _gone(lease, error) from error
 
 
 def _client(request: web.Request) -> str:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
-import aiohttp
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from llamarunner.errors import EngineGoneError
-from llamarunner.proxies.upstream import read_block
 
 MAX_EVENT_BYTES = 8 * 1024**2
 """An event that is larger is no event but a fault; real ones with many logprobs reach a megabyte."""
@@ -53,10 +50,10 @@ class WholeLines:
         return out
 
 
-async def event_batches(upstream: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]:
-    """The payloads that arrived together, as they arrive; each list has at least one. Raises EngineGoneError where the
-    stream breaks off."""
+async def event_batches(read: Callable[[], Awaitable[bytes]]) -> AsyncIterator[list[bytes]]:
+    """The payloads that arrived together, as they arrive; each list has at least one. `read` gives the next block,
+    empty at the end."""
     splitter = EventSplitter()
-    while block := await read_block(upstream):
+    while block := await read():
         if events := splitter.feed(block):
             yield events

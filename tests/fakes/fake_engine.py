@@ -9,7 +9,8 @@ request, so that a test can change the behaviour of a running engine. Keys, all 
   load_s          seconds until the model is "loaded" (0.05); until then every route is 503 "Loading model"
   load_log_every_s  print a progress line this often while loading
   exit            {"at": "start" | "load" | "ready" | "prompt" | "token:N", "code": 1} or {"at": ..., "signal": 11};
-                  "load" is in place of becoming ready, "ready" is `"after_s"` (0.2) later, "token:N" after N tokens
+                  "load" is in place of becoming ready, "ready" is `"after_s"` (0.2) after /props (with no_props:
+                  /health) was first answered, "token:N" after N tokens
   hang            "start" (never listens) | "load" (never loaded) | "health" (unanswered) | "prompt" | "token:N"
   ignore_sigterm  true: SIGTERM does nothing
   grandchild      "group" (stays in our process group) | "setsid" (double-forked into a session of its own); it sleeps
@@ -122,6 +123,7 @@ class FakeEngine:
         self.slots = int(script.read().get("slots") or flags.get("parallel") or 1)
         self.n_ctx = int(script.read().get("n_ctx") or int(flags.get("ctx-size") or 4096) // self.slots)
         self.loaded = False
+        self.seen_ready = asyncio.Event()
         self.busy = 0
         self.numbers = itertools.count(1)
 
@@ -161,8 +163,11 @@ class FakeEngine:
         match request.path:
             case "/health" | "/v1/health":
                 wanted = script.get("health", {})
+                if script.get("no_props"):
+                    self.seen_ready.set()
                 return self.json(wanted.get("body", {"status": "ok"}), wanted.get("status", 200))
             case "/props" if not script.get("no_props"):
+                self.seen_ready.set()
                 settings = {"n_ctx": self.n_ctx, "params": {}}
                 return self.json({
                     "default_generation_settings": settings, "total_slots": self.slots, "model_alias": self.model,
@@ -354,6 +359,7 @@ class FakeEngine:
         say("srv          init: model loaded")
         say(f"main: server is listening on http://127.0.0.1:{port} - starting the main loop")
         if exits_at(script, "ready"):
+            await self.seen_ready.wait()
             await asyncio.sleep(script["exit"].get("after_s", 0.2))
             end_process(script)
 

@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 from running import FAKE_ENGINE, LOOPS, children, eventually, is_alive, open_files, pid_in, soon
 
+from llamarunner.runners import process as process_module
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.process import EngineProcess
 
@@ -214,7 +216,11 @@ async def test_nothing_it_started_is_left(guardian: Guardian, tmp_path: Path, ki
 
 
 @on_every_loop
-async def test_the_engine_of_a_wrapper_has_its_grace(guardian: Guardian, tmp_path: Path) -> None:
+async def test_the_engine_of_a_wrapper_has_its_grace(
+    guardian: Guardian, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(process_module, "_signal_process", lambda member, number: told.append(number))
     engine = (
         "import signal, sys, time\n"
         f"def end(*_): open({str(tmp_path / 'done')!r}, 'a').write('x'); time.sleep(0.4); print('bye'); sys.exit()\n"
@@ -226,7 +232,8 @@ async def test_the_engine_of_a_wrapper_has_its_grace(guardian: Guardian, tmp_pat
     await soon(lambda: b"up" in output.data)
     begun = time.monotonic()
     await process.stop(10)
-    assert (tmp_path / "done").read_text() == "x"  # it was told once
+    assert (tmp_path / "done").read_text() == "x"
+    assert told == []  # the signal to the group was enough: a second one would mean "at once"
     assert output.data == b"up\nbye\n"
     assert time.monotonic() - begun < 5
 
@@ -304,47 +311,52 @@ asyncio.run(main())
 """
 
 
-def test_sigkill_of_the_program_leaves_no_engine(tmp_path: Path) -> None:
+@dataclass
+class Program:
+    """A program with two engines, each with a grandchild."""
+
+    process: subprocess.Popen[str]
+    engines: list[int]
+    guardian: int
+    grandchildren: list[int]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
     root = str(Path(__file__).parents[2])
     code = PARENT.format(root=root, folder=str(tmp_path), fake=str(FAKE_ENGINE))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pids = [int(parent.stdout.readline()) for _ in range(3)]
-        pids += [eventually(lambda kind=kind: pid_in(tmp_path / kind), 10) for kind in ("group", "setsid")]
-        assert all(is_alive(pid) for pid in pids)
-        parent.kill()
-        parent.wait()
-        eventually(lambda: not any(is_alive(pid) for pid in pids), 2.0)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            *engines, guardian = [int(process.stdout.readline()) for _ in range(3)]
+            grandchildren = [eventually(lambda kind=kind: pid_in(tmp_path / kind), 10) for kind in ("group", "setsid")]
+            yield Program(process, engines, guardian, grandchildren)
+        finally:
+            process.kill()
 
 
-def test_without_the_guardian_the_engine_itself_goes(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[2])
-    code = PARENT.format(root=root, folder=str(tmp_path), fake=str(FAKE_ENGINE))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        *engines, guardian = [int(parent.stdout.readline()) for _ in range(3)]
-        left = [eventually(lambda kind=kind: pid_in(tmp_path / kind), 10) for kind in ("group", "setsid")]
-        os.kill(guardian, signal.SIGKILL)
-        parent.kill()
-        parent.wait()
-        eventually(lambda: not any(is_alive(pid) for pid in engines), 2.0)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
+def test_sigkill_of_the_program_leaves_no_engine(program: Program) -> None:
+    pids = [*program.engines, program.guardian, *program.grandchildren]
+    assert all(is_alive(pid) for pid in pids)
+    program.process.kill()
+    eventually(lambda: not any(is_alive(pid) for pid in pids), 2.0)
 
 
-def test_sigterm_of_the_program_and_its_group_is_no_different(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[2])
-    code = PARENT.format(root=root, folder=str(tmp_path), fake=str(FAKE_ENGINE))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        *engines, guardian = [int(parent.stdout.readline()) for _ in range(3)]
-        pids = [*engines, *(eventually(lambda kind=kind: pid_in(tmp_path / kind), 10) for kind in ("group", "setsid"))]
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a service manager signals the guardian as well
-            os.kill(guardian, number)
-        assert is_alive(guardian)
-        parent.terminate()
-        parent.wait()
-        eventually(lambda: not any(is_alive(pid) for pid in [*pids, guardian]), 2.0)
+def test_without_the_guardian_the_engine_itself_goes(program: Program) -> None:
+    os.kill(program.guardian, signal.SIGKILL)
+    program.process.kill()
+    eventually(lambda: not any(is_alive(pid) for pid in program.engines), 2.0)
+    for pid in program.grandchildren:
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_service_manager_that_signals_everyone_leaves_nothing(program: Program) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(program.guardian, number)
+    assert is_alive(program.guardian)
+    program.process.terminate()
+    pids = [*program.engines, program.guardian, *program.grandchildren]
+    eventually(lambda: not any(is_alive(pid) for pid in pids), 2.0)
 
 
 # --- the guardian by itself --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ _FULL = 0.92
 
 
 class HardwarePane(Pane):
-    NUMBER, TITLE, REVISION = 1, "Hardware", "hardware"
+    NUMBER, TITLE = 1, "Hardware"
 
     def __init__(self, *, ascii_only: bool = False) -> None:
         super().__init__(ascii_only=ascii_only)

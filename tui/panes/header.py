@@ -26,32 +26,35 @@ class Header(LineView):
 
 
 class Troubles(LineView):
-    """A line for each proxy that should serve and does not. Takes no room where all is well."""
+    """What is wrong with each proxy that should serve and does not. Takes no room where all is well."""
 
     def __init__(self, *, ascii_only: bool = False) -> None:
         super().__init__(id="troubles", ascii_only=ascii_only)
-        self.snapshot: Snapshot | None = None
+        self._lines_now: list[Line] = []
 
-    def show(self, snapshot: Snapshot) -> None:
-        self.snapshot = snapshot
-        self.styles.height = len(troubles(snapshot)) or 1
+    def show(self, snapshot: Snapshot, width: int, *, allowed: bool) -> None:
+        self._lines_now = trouble_lines(snapshot, width)
+        self.display = allowed and bool(self._lines_now)
+        self.styles.height = max(1, len(self._lines_now))
         self.repaint()
 
-    @property
-    def wanted(self) -> bool:
-        return self.snapshot is not None and bool(troubles(self.snapshot))
-
     def draw(self, width: int, height: int) -> Sequence[Line]:
-        return [line.clipped(width) for line in troubles(self.snapshot)] if self.snapshot else []
+        return self._lines_now
 
 
-def troubles(snapshot: Snapshot) -> list[Line]:
+def trouble_lines(snapshot: Snapshot, width: int) -> list[Line]:
+    """What helps goes to a line of its own where both do not fit into one."""
     lines = []
     for proxy in snapshot.proxies:
-        if proxy.enabled and proxy.problem:
-            title = f" ✗ {plain(proxy.title or proxy.name)}: "
-            hint: list[Span] = [("  → ", "accent"), (plain(proxy.hint), "")] if proxy.hint else []
-            lines.append(Line.of((title, "bad-strong"), (plain(proxy.problem), "bad"), *hint))
+        if not proxy.enabled or not proxy.problem:
+            continue
+        title = f" ✗ {plain(proxy.title or proxy.name)}: "
+        problem = Line.of((title, "bad-strong"), (plain(proxy.problem), "bad"))
+        hint = Line.of(("   → ", "accent"), (plain(proxy.hint), "")) if proxy.hint else Line()
+        if cell_len(problem.text + hint.text) < width or not hint.spans:
+            lines.append(Line(problem.spans + hint.spans).clipped(width))
+        else:
+            lines += [problem.clipped(width), hint.clipped(width)]
     return lines
 
 

@@ -23,7 +23,7 @@ _STAMP = 10  # cells before the text: the time and its margins
 
 
 class LogsPane(Pane):
-    NUMBER, TITLE, REVISION = 4, "Logs", "logs"
+    NUMBER, TITLE = 4, "Logs"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down,j", "scroll_lines(1)", "Down", show=False),
         Binding("up,k", "scroll_lines(-1)", "Up", show=False),
@@ -77,12 +77,12 @@ class LogsPane(Pane):
         page = self._backend.logs(self.source, self._last, _PAGE)
         if not page.lines:
             return
-        first = self._last == 0
+        missed = page.lines[0].number - self._last - 1 if self._last else 0
         self._held.extend(page.lines)
         self._last = page.lines[-1].number
-        self.skipped += 0 if first else page.missed
+        self.skipped += missed
         if not self.following:
-            self.unseen += len(page.lines) + (0 if first else page.missed)
+            self.unseen += len(page.lines) + missed
         self.repaint()
 
     # They are shown

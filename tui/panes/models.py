@@ -12,11 +12,12 @@ from tui.panes.table_pane import TablePane
 from tui.table import Cell, Column, Row
 from tui.text import plain
 
-_MIN_HEIGHT = 6
+_MIN_HEIGHT = 4
+_EMPTY_HEIGHT = 7  # of what is said where there are no models
 
 
 class ModelsPane(TablePane):
-    NUMBER, TITLE, REVISION = 2, "Models", "models"
+    NUMBER, TITLE = 2, "Models"
     COLUMNS = (
         Column("name", "NAME", 18, most=36),
         Column("state", "STATE", 10),
@@ -34,7 +35,7 @@ class ModelsPane(TablePane):
     )
 
     def make_rows(self, snapshot: Snapshot) -> list[Row]:
-        return [model_row(model) for model in snapshot.models]
+        return self.rows_of(snapshot.models, model_row)
 
     def notes(self) -> tuple[str, str]:
         models = self.snapshot.models if self.snapshot else ()
@@ -67,7 +68,7 @@ class ModelsPane(TablePane):
 
     def wanted_height(self) -> int:
         below = 2 if self.below(80) else 0
-        return max(_MIN_HEIGHT, len(self.rows) + 2 + below) if self.rows else _MIN_HEIGHT + 1
+        return max(_MIN_HEIGHT, len(self.rows) + 2 + below) if self.rows else _EMPTY_HEIGHT
 
 
 def trouble_lines(model: ModelView, width: int) -> list[Line]:

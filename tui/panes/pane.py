@@ -15,7 +15,6 @@ from tui.text import fit
 class Pane(LineView, can_focus=True):
     NUMBER: ClassVar[int]
     TITLE: ClassVar[str]
-    REVISION: ClassVar[str]  # its part of `Snapshot.revisions`
 
     def __init__(self, *, ascii_only: bool = False) -> None:
         super().__init__(id=self.TITLE.lower(), ascii_only=ascii_only)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 
-from llamarunner.control.snapshot import RequestView, Snapshot
+from llamarunner.control.snapshot import RequestView, RunnerState, Snapshot
 from tui import words
 from tui.lines import Line
 from tui.panes.table_pane import TablePane
@@ -13,7 +15,7 @@ from tui.text import plain
 
 
 class RequestsPane(TablePane):
-    NUMBER, TITLE, REVISION = 3, "Requests", "requests"
+    NUMBER, TITLE = 3, "Requests"
     COLUMNS = (
         Column("state", "STATUS", 11),
         Column("client", "CLIENT", 13, priority=5, most=21),
@@ -32,7 +34,7 @@ class RequestsPane(TablePane):
     )
 
     def make_rows(self, snapshot: Snapshot) -> list[Row]:
-        return [request_row(request) for request in snapshot.requests]
+        return self.rows_of(snapshot.requests, request_row)
 
     def notes(self) -> tuple[str, str]:
         requests = self.snapshot.requests if self.snapshot else ()
@@ -42,20 +44,31 @@ class RequestsPane(TablePane):
 
     def when_empty(self, width: int) -> Sequence[Line]:
         """Lines to paste, with the ports and a model of this very moment."""
-        snapshot = self.snapshot
-        ports = {p.name: f"{p.host or '127.0.0.1'}:{p.port}" for p in snapshot.proxies if p.running} if snapshot else {}
-        models = [plain(model.name) for model in snapshot.models if not model.problem] if snapshot else []
-        name = next(iter(models), "MODEL")
-        lines = [Line(), Line.of(("  No requests yet. In another terminal:", "strong")), Line()]
-        if "ollama" in ports:
-            lines.append(_paste(f"OLLAMA_HOST={ports['ollama']} ollama run '{name}' Hello"))
-        if where := ports.get("lmstudio") or ports.get("ollama"):
-            message = '[{"role":"user","content":"Hello"}]'
-            lines.append(_paste(f"curl -N http://{where}/v1/chat/completions -H 'Content-Type: application/json' \\"))
-            lines.append(_paste(f'''  -d '{{"model":"{name}","stream":true,"messages":{message}}}\''''))
+        if self.snapshot is None:
+            return []
+        ports = {p.name: f"{p.host or '127.0.0.1'}:{p.port}" for p in self.snapshot.proxies if p.running}
         if not ports:
-            lines.append(Line.of(("  No port is open: see the message at the top.", "bad")))
-        return lines
+            return [Line(), Line.of(("  No requests, and no port is open: see the message at the top.", "bad"))]
+        name = _example_model(self.snapshot)
+        lines = [Line(), Line.of(("  No requests yet. In another terminal:", "strong"))]
+        if "ollama" in ports:
+            lines.append(_paste(f"OLLAMA_HOST={ports['ollama']} ollama run {shlex.quote(name)} Hello"))
+        where = ports.get("lmstudio") or next(iter(ports.values()))
+        quoted = json.dumps(name, ensure_ascii=False).replace("'", "'\\''")
+        return [
+            *lines,
+            _paste(f"curl -N http://{where}/v1/chat/completions \\"),
+            _paste("  -H 'Content-Type: application/json' \\"),
+            _paste(f'  -d \'{{"model": {quoted}, "stream": true,'),
+            _paste('       "messages": [{"role": "user", "content": "Hello"}]}\''),
+        ]
+
+
+def _example_model(snapshot: Snapshot) -> str:
+    """One that can chat, best of all one that is loaded."""
+    able = [model for model in snapshot.models if not model.problem and model.capabilities != ("embedding",)]
+    able.sort(key=lambda model: model.state is not RunnerState.READY)
+    return plain(able[0].name) if able else "MODEL"
 
 
 def _paste(command: str) -> Line:

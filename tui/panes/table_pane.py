@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from llamarunner.control.snapshot import Snapshot
+from llamarunner.control.snapshot import ModelView, RequestView, Snapshot
 from tui.lines import Line
 from tui.panes.pane import Pane
 from tui.table import Column, Row, Sort, fit_columns, header_line, row_line, select_rows
+
+View = TypeVar("View", ModelView, RequestView)
 
 _ROOMY = 100  # cells from which columns stand two apart
 
@@ -43,6 +45,7 @@ class TablePane(Pane):
         self.needle = ""
         self.sort = Sort()
         self.rows: list[Row] = []  # as shown: filtered and sorted
+        self._made: dict[str, tuple[object, Row]] = {}
         self._index = 0  # where the cursor was, should its row go away
         self._top = 0
         self._table_height = 1
@@ -50,6 +53,18 @@ class TablePane(Pane):
 
     def make_rows(self, snapshot: Snapshot) -> list[Row]:
         raise NotImplementedError
+
+    def rows_of(self, views: Sequence[View], make: Callable[[View], Row]) -> list[Row]:
+        """A row for each view; those of views that are as they were are kept, for there may be thousands."""
+        before, self._made = self._made, {}
+        rows = []
+        for view in views:
+            key = view.name if isinstance(view, ModelView) else str(view.request_id)
+            known = before.get(key)
+            row = known[1] if known is not None and known[0] == view else make(view)
+            self._made[key] = (view, row)
+            rows.append(row)
+        return rows
 
     def when_empty(self, width: int) -> Sequence[Line]:
         """What to do where there is nothing to show."""

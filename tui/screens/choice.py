@@ -13,7 +13,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import ModalScreen
 
 from tui.lines import Line, LineView
-from tui.text import fit, plain, wrap
+from tui.text import fit, plain, wrap_words
 
 _WIDEST = 72
 
@@ -39,7 +39,7 @@ class ChoiceView(LineView, can_focus=True):
     def lines(self, width: int) -> list[Line]:
         inner = width - 4
         lines = [Line(), Line.of(("  ", ""), (fit(self._title, inner), "accent-strong")), Line()]
-        lines += [Line.of((f"  {piece}", "")) for text in self._text for piece in _words(text, inner)]
+        lines += [Line.of((f"  {piece}", "")) for text in self._text for piece in wrap_words(text, inner)]
         lines += [Line()] if self._text else []
         for index, option in enumerate(self.options):
             on = index == self.chosen
@@ -104,13 +104,3 @@ class Choice(ModalScreen[str]):
 
     def action_cancel(self) -> None:
         self.give("")
-
-
-def _words(text: str, width: int) -> list[str]:
-    """Wrapped between words where they fit."""
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and cell_len(lines[-1]) + 1 + cell_len(word) > width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}" if lines[-1] else word
-    return [piece for line in lines for piece in wrap(line, max(1, width))]

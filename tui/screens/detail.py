@@ -16,7 +16,7 @@ from tui import words
 from tui.lines import Line, LineView
 from tui.panes.footer import Footer, Hint
 from tui.panes.pane import title_line
-from tui.text import plain, wrap
+from tui.text import plain, wrap_words
 
 Fact = tuple[str, str, str]  # label, text, style; a label of "" continues the one above
 Facts = Callable[[Snapshot], list[Fact] | None]  # None: it is not known any more
@@ -109,7 +109,7 @@ def fact_lines(facts: Sequence[Fact], width: int) -> list[Line]:
     lines: list[Line] = []
     for label, text, style in facts:
         room = max(8, width - _LABEL_WIDTH - 4)
-        for index, piece in enumerate(wrap(plain(text), room)):
+        for index, piece in enumerate(wrap_words(plain(text), room)):
             head = label if index == 0 else ""
             lines.append(Line.of((f"  {head:<{_LABEL_WIDTH}}", "muted"), (piece, style)))
     return lines

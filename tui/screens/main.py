@@ -116,8 +116,7 @@ class MainScreen(Screen[None]):
 
     def show(self, snapshot: Snapshot) -> None:
         self.header.show(snapshot)
-        self.troubles.show(snapshot)
-        self.troubles.display = self.troubles.wanted and not self.too_small.display
+        self.troubles.show(snapshot, self.app.size.width, allowed=not self.too_small.display)
         for pane in self.panes.values():
             pane.show(snapshot)
         rows = (self.hardware.compact_rows(), self.models.wanted_height())
@@ -138,7 +137,7 @@ class MainScreen(Screen[None]):
         self.too_small.display = tiny
         self.header.display = not tiny
         self.footer.display = not tiny and not self.filter.display
-        self.troubles.display = not tiny and self.troubles.wanted
+        self.troubles.show(self.center.snapshot, width, allowed=not tiny)
         self._hardware_rows, self._models_rows = self.hardware.compact_rows(), self.models.wanted_height()
         compact = mode is layout.Mode.COMPACT and not self.zoomed
         self.top.styles.height = "auto" if compact else None
@@ -151,6 +150,7 @@ class MainScreen(Screen[None]):
             self.lower = name
         self.fit(self.app.size.width, self.app.size.height)
         self.footer.show(_HINTS[name])
+        self.logs.pull()
         self.set_focus(self.panes[name], scroll_visible=False)
         self.panes[name].repaint()
 

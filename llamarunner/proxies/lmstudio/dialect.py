@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -22,7 +23,7 @@ from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.sse import DONE, event_batches
 from llamarunner.proxies.stream import EventStream
-from llamarunner.proxies.upstream import parse_answer, read_all
+from llamarunner.proxies.upstream import parse_answer, read_all, read_block
 from llamarunner.runners.manager import Lease
 
 _CHAT = "/v1/chat/completions"
@@ -79,9 +80,7 @@ class LMStudioDialect:
     async def _chat(self, request: web.Request, trace: RequestTrace) -> web.StreamResponse:
         raw = await read_body(request)
         body = parse_object(raw)
-        trace.model, trace.stream = str(body.get("model", "")), body.get("stream") is True
-        model = self._openai.find(body)
-        trace.model = model.name
+        model = self._openai.begin(body, trace)
         self._openai.check_chat(body, model)
         keep = self._openai.keep_alive(body)
         async with self._relay.ask(model, _CHAT, raw, trace, keep_alive_s=keep) as (upstream, lease):
@@ -101,7 +100,7 @@ class LMStudioDialect:
         """The engine's events as they are, but for the one with the figures, which gets LM Studio's own as well."""
         stream = EventStream(request, trace, self)
         try:
-            async for events in event_batches(upstream):
+            async for events in event_batches(partial(read_block, upstream)):
                 trace.output_tokens = (trace.output_tokens or 0) + len(events)
                 await stream.write(b"".join(b"data: " + tail.add_to(event) + b"\n\n" for event in events))
         except EngineGoneError as error:

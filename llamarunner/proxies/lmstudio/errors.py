@@ -12,6 +12,7 @@ from llamarunner.errors import (
     LlamaRunnerError,
     ModelNotFoundError,
     RequestError,
+    UnsupportedError,
 )
 from llamarunner.proxies.openai import openai_error
 from llamarunner.proxies.proxy import UnknownRouteError
@@ -40,7 +41,7 @@ def error_body(error: LlamaRunnerError, names: Iterable[str]) -> object:
             return _model_not_found(error, names)
         case EngineRefusalError(kind="exceed_context_size_error"):
             return openai_error(error, _overflow(error.message), code="context_length_exceeded")
-        case EngineRefusalError() | NoModelError() | BodyTooLargeError():
+        case EngineRefusalError() | NoModelError() | BodyTooLargeError() | UnsupportedError():
             return openai_error(error, str(error), code=error.code)
         case RequestError():
             return {"error": str(error)}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 
-from llamarunner.errors import EngineGoneError, EngineRefusalError
+from llamarunner.errors import EngineError, EngineGoneError, EngineRefusalError, LlamaRunnerError
 from llamarunner.proxies.sse import DONE
 
 
@@ -28,8 +28,8 @@ def line(record: Mapping[str, Any]) -> bytes:
 class Answer:
     """One answer being written. `chat` tells /api/chat's shape from /api/generate's.
 
-    `load_ns` is what the request waited for its model; durations are integers of nanoseconds, and a figure that is
-    zero is left out, as Ollama does.
+    `started_ns` is when the request came, by the monotonic clock, `load_ns` what it waited for its model. Durations are
+    integers of nanoseconds, and a figure that is zero is left out, as Ollama does.
     """
 
     model: str  # as the client spelt it
@@ -37,6 +37,7 @@ class Answer:
     started_ns: int
     load_ns: int
     now_ns: Callable[[], int] = time.time_ns
+    clock_ns: Callable[[], int] = time.monotonic_ns
     content: list[str] = field(default_factory=list)
     thinking: list[str] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
@@ -46,6 +47,16 @@ class Answer:
     usage: Mapping[str, Any] = field(default_factory=dict)
     _calls: dict[int, dict[str, Any]] = field(default_factory=dict)
 
+    def feed_all(self, payloads: Iterable[bytes]) -> tuple[bytes, LlamaRunnerError | None]:
+        """The lines that these events become, and the error that ended them: what came before it is an answer too."""
+        lines: list[bytes] = []
+        try:
+            for payload in payloads:
+                lines.append(self.feed(payload))  # noqa: PERF401  # an error must leave what was fed before it
+        except LlamaRunnerError as error:
+            return b"".join(lines), error
+        return b"".join(lines), None
+
     def feed(self, payload: bytes) -> bytes:
         """The lines (none, one or two) that an event becomes. Raises EngineRefusalError for an error event."""
         if payload == DONE:
@@ -54,6 +65,8 @@ class Answer:
             event = orjson.loads(payload)
         except orjson.JSONDecodeError as error:
             raise EngineGoneError(f"the engine sent an event that is not JSON: {error}") from None
+        if not isinstance(event, dict):
+            raise EngineGoneError("the engine sent an event that is not an object")
         if "error" in event:
             raise _stream_error(event["error"])
         if timings := event.get("timings"):
@@ -84,7 +97,7 @@ class Answer:
         return self._piece(event.get("content") or "", "", event.get("completion_probabilities") or [])
 
     def _piece(self, content: str, thinking: str, logprobs: list[Any]) -> bytes:
-        if not content and not thinking:
+        if not content and not thinking and not logprobs:
             return b""
         record = self._head()
         if content:
@@ -137,7 +150,7 @@ class Answer:
 
     def _end(self, context: list[int] | None) -> dict[str, Any]:
         figures = {
-            "total_duration": self.now_ns() - self.started_ns,
+            "total_duration": max(self.clock_ns() - self.started_ns, 1),
             "load_duration": max(self.load_ns, 1),
             **self._counts(),
         }
@@ -176,9 +189,11 @@ def _logprob(token: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tool_call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        arguments = orjson.loads(call["arguments"] or b"{}")
+        arguments = orjson.loads(call["arguments"] or b"{}") or {}
     except orjson.JSONDecodeError:
-        raise EngineGoneError(f"the model called '{call['name']}' with arguments that are not JSON") from None
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise EngineError(f"the model called '{call['name']}' with arguments that are not a JSON object")
     function = {"index": index, "name": call["name"], "arguments": arguments}
     return {"id": call["id"], "function": function} if call["id"] else {"function": function}
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -21,12 +22,15 @@ from llamarunner.errors import (
     RequestError,
     UnsupportedError,
 )
-from llamarunner.events import RequestPhase, RequestTrace
-from llamarunner.proxies.body import json_kind, parse_object, read_body
+from llamarunner.events import RequestTrace
+from llamarunner.proxies.body import parse_object, read_body
 from llamarunner.proxies.dialect import json_response
+from llamarunner.proxies.figures import note_figures
 from llamarunner.proxies.ollama import describe
 from llamarunner.proxies.ollama.answer import Answer, bare_reply, line
-from llamarunner.proxies.ollama.errors import error_body, error_message
+from llamarunner.proxies.ollama.errors import error_body
+from llamarunner.proxies.ollama.fields import check_request
+from llamarunner.proxies.ollama.lines import LineStream
 from llamarunner.proxies.ollama.messages import (
     chat_body,
     completion_body,
@@ -37,8 +41,9 @@ from llamarunner.proxies.ollama.messages import (
 from llamarunner.proxies.ollama.options import keep_alive_s
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.proxy import route
-from llamarunner.proxies.relay import GONE, Relay, note_figures
+from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.sse import event_batches
+from llamarunner.proxies.upstream import GONE, read_block
 from llamarunner.runners.manager import Lease
 
 logger = logging.getLogger(__name__)
@@ -46,7 +51,8 @@ logger = logging.getLogger(__name__)
 API_VERSION = "0.30.1"
 """The Ollama release whose API this is. Clients compare it as dotted numbers; our own version is in `Server`."""
 
-_NDJSON = "application/x-ndjson"
+_MOST_TOKENS = 2**31  # llama.cpp counts them in 32 bits
+_NOT_TOKENS = "context holds numbers that are no tokens of this model"
 
 
 class OllamaDialect:
@@ -107,18 +113,17 @@ class OllamaDialect:
         return json_response(describe.running(known, self._memory(), datetime.now(UTC)))
 
     async def _show(self, request: web.Request) -> web.Response:
-        body = await _object(request)
+        body = await _fields(request, "ShowRequest")
         name = body.get("model") or body.get("name")
         if not name:
             raise RequestError("model is required")
-        model = self._relay.catalog.find(_string(name, "model"))
-        agent = request.headers.get("User-Agent", "")
-        return json_response(describe.show(model, name, verbose=bool(body.get("verbose")), user_agent=agent))
+        model = self._relay.catalog.find(name)
+        return json_response(describe.show(model, name, user_agent=request.headers.get("User-Agent", "")))
 
     # -- answers -----------------------------------------------------------------------------------------------------
 
     async def _chat(self, request: web.Request, trace: RequestTrace) -> web.StreamResponse:
-        body = await _object(request)
+        body = await _fields(request, "ChatRequest")
         if not body.get("model"):
             raise RequestError("model is required")
         model, keep = self._begin(body, trace)
@@ -128,13 +133,12 @@ class OllamaDialect:
         return await self._answer(request, trace, model, "/v1/chat/completions", asked, keep, body)
 
     async def _generate(self, request: web.Request, trace: RequestTrace) -> web.StreamResponse:
-        body = await _object(request)
+        body = await _fields(request, "GenerateRequest")
         if not body.get("model"):
             raise ModelNotFoundError("")
         model, keep = self._begin(body, trace)
         if not body.get("prompt"):
             return await self._load_or_unload(body, model, keep, trace, chat=False)
-        _string(body["prompt"], "prompt")
         if model.is_embedding_only:
             raise UnsupportedError(f'"{body["model"]}" does not support generate')
         if body.get("template"):
@@ -155,11 +159,7 @@ class OllamaDialect:
 
     def _begin(self, body: Mapping[str, Any], trace: RequestTrace) -> tuple[Model, float | None]:
         """What every request for an answer says first."""
-        trace.model = _string(body["model"], "model")
-        stream = body.get("stream")
-        if stream is not None and not isinstance(stream, bool):
-            raise RequestError(f"json: cannot unmarshal {json_kind(stream)} into field stream of type bool")
-        trace.stream = stream is not False
+        trace.model, trace.stream = body["model"], body.get("stream", True)
         model = self._relay.catalog.find(trace.model)
         trace.model = model.name
         return model, keep_alive_s(body.get("keep_alive"))
@@ -179,16 +179,19 @@ class OllamaDialect:
         self, request: web.Request, trace: RequestTrace, model: Model, keep: float | None, body: dict[str, Any]
     ) -> web.StreamResponse:
         """A prompt that follows on the tokens of an earlier answer: rendered, and put behind them as text."""
-        context = body["context"]
-        if not isinstance(context, list) or not all(isinstance(token, int) for token in context):
-            raise RequestError("json: cannot unmarshal into field context of type []int")
+        if not all(0 <= token < _MOST_TOKENS for token in body["context"]):
+            raise RequestError(_NOT_TOKENS)
+        turn = {"messages": generate_messages(body, model), "add_generation_prompt": True}
+        completion_body(body, model, "")  # what is wrong with the request is told before its model is loaded
         async with self._relay.manager.acquire(model, trace, keep_alive_s=keep) as lease:
-            earlier = await self._relay.call(lease, "/detokenize", {"tokens": context})
-            rendered = await self._relay.call(
-                lease, "/apply-template", {"messages": generate_messages(body, model), "add_generation_prompt": True}
-            )
+            try:
+                earlier = await self._relay.call(lease, "/detokenize", {"tokens": body["context"]})
+            except EngineRefusalError as refusal:
+                raise RequestError(_NOT_TOKENS) from refusal
+            rendered = await self._relay.call(lease, "/apply-template", turn)
             asked = orjson.dumps(completion_body(body, model, earlier["content"] + rendered["prompt"]))
-            return await self._answer(request, trace, model, "/completion", asked, keep, body)
+            async with self._relay.ask_under(lease, "/completion", asked) as upstream:
+                return await self._write(request, trace, model, body, upstream, lease)
 
     async def _answer(
         self,
@@ -200,23 +203,35 @@ class OllamaDialect:
         keep: float | None,
         body: Mapping[str, Any],
     ) -> web.StreamResponse:
-        chat = request.path.startswith("/api/chat")
-        answer = Answer(body["model"], chat=chat, started_ns=time.time_ns(), load_ns=0)
         async with self._relay.ask(model, path, asked, trace, keep_alive_s=keep) as (upstream, lease):
-            answer.load_ns = round(lease.waited_s * 1e9)
-            writer = _Lines(request, trace) if trace.stream else None
-            try:
-                await _read(upstream, answer, trace, writer)
-                context = None if chat or body.get("raw") else await self._context(lease, body, model, answer)
-            except LlamaRunnerError as error:
-                if writer is None or writer.response is None:
-                    raise
-                return await writer.fail(error)
-            note_figures(trace, {"timings": answer.timings, "usage": answer.usage})
-            if writer is None:
-                return json_response(answer.whole(context))
-            await writer.write(line(answer.final(context)))
-            return await writer.end()
+            return await self._write(request, trace, model, body, upstream, lease)
+
+    async def _write(
+        self,
+        request: web.Request,
+        trace: RequestTrace,
+        model: Model,
+        body: Mapping[str, Any],
+        upstream: aiohttp.ClientResponse,
+        lease: Lease,
+    ) -> web.StreamResponse:
+        """The engine's stream in Ollama's shape, streamed or whole."""
+        chat = request.path.startswith("/api/chat")
+        load_ns = round(lease.waited_s * 1e9)
+        answer = Answer(body["model"], chat=chat, started_ns=round(trace.started * 1e9), load_ns=load_ns)
+        writer = LineStream(request, trace) if trace.stream else None
+        try:
+            await _read(upstream, answer, trace, writer)
+            context = None if chat or body.get("raw") else await self._context(lease, body, model, answer)
+        except LlamaRunnerError as error:
+            if writer is None or not writer.has_begun:
+                raise
+            return await writer.fail(error)
+        note_figures(trace, {"timings": answer.timings, "usage": answer.usage})
+        if writer is None:
+            return json_response(answer.whole(context))
+        await writer.write(line(answer.final(context)))
+        return await writer.end()
 
     async def _context(self, lease: Lease, body: Mapping[str, Any], model: Model, answer: Answer) -> list[int] | None:
         """The tokens of prompt and answer, which clients may send back to go on from here; None where the engine has no
@@ -244,9 +259,9 @@ class OllamaOpenAI(OpenAIRoutes):
         return keep_alive_s(body.get("keep_alive"))
 
     def check_chat(self, body: dict[str, Any], model: Model) -> bool:
-        super().check_chat(body, model)
-        if not body.get("messages"):
+        if body.get("messages") in (None, []):
             raise RequestError("[] is too short - 'messages'")
+        super().check_chat(body, model)
         return self._with_defaults(body)
 
     def check_completion(self, body: dict[str, Any], model: Model) -> bool:
@@ -261,59 +276,24 @@ class OllamaOpenAI(OpenAIRoutes):
         return bool(missing)
 
 
-class _Lines:
-    """A stream of NDJSON. Its headers wait for the first line, so that an error before it has its own status."""
-
-    def __init__(self, request: web.Request, trace: RequestTrace) -> None:
-        self._request = request
-        self._trace = trace
-        self.response: web.StreamResponse | None = None
-
-    async def write(self, lines: bytes) -> None:
-        if self.response is None:
-            self.response = web.StreamResponse(headers={"Content-Type": _NDJSON, "X-Accel-Buffering": "no"})
-            await self.response.prepare(self._request)
-            self._trace.phase = RequestPhase.STREAMING
-        self._trace.bytes_out += len(lines)
-        await self.response.write(lines)
-
-    async def fail(self, error: LlamaRunnerError) -> web.StreamResponse:
-        self._trace.error = str(error)
-        message = error_message(error, self._request.path)
-        if isinstance(error, EngineGoneError):
-            message = f"an error was encountered while running the model: {message}"
-        await self.write(line({"error": message}))
-        return await self.end()
-
-    async def end(self) -> web.StreamResponse:
-        assert self.response is not None
-        await self.response.write_eof()
-        return self.response
-
-
-async def _read(upstream: aiohttp.ClientResponse, answer: Answer, trace: RequestTrace, writer: _Lines | None) -> None:
+async def _read(
+    upstream: aiohttp.ClientResponse, answer: Answer, trace: RequestTrace, writer: LineStream | None
+) -> None:
     """Take in the engine's whole stream, writing on as it comes. Raises EngineGoneError where it ends too soon."""
-    try:
-        async for events in event_batches(upstream.content):
-            lines = b"".join(map(answer.feed, events))
-            trace.output_tokens = (trace.output_tokens or 0) + len(events)
-            if lines:
-                trace.first_byte = trace.first_byte or time.monotonic()
-                if writer is not None:
-                    await writer.write(lines)
-    except aiohttp.ClientPayloadError as error:
-        raise EngineGoneError(GONE) from error
+    async for events in event_batches(partial(read_block, upstream)):
+        trace.output_tokens = (trace.output_tokens or 0) + len(events)
+        lines, error = answer.feed_all(events)
+        if lines:
+            trace.first_byte = trace.first_byte or time.monotonic()
+            if writer is not None:
+                await writer.write(lines)
+        if error is not None:
+            raise error
     if not answer.finish_reason:
         raise EngineGoneError(GONE)
 
 
-async def _object(request: web.Request) -> dict[str, Any]:
-    """The body. Go matches field names in any case, so `Model` is `model`."""
+async def _fields(request: web.Request, struct: str) -> dict[str, Any]:
+    """The body's fields, in lower case: to Go, `Model` is `model`."""
     body = parse_object(await read_body(request))
-    return {key.lower(): value for key, value in body.items()}
-
-
-def _string(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise RequestError(f"json: cannot unmarshal {json_kind(value)} into field {field} of type string")
-    return value
+    return check_request({key.lower(): value for key, value in body.items()}, struct)

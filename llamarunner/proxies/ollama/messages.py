@@ -1,4 +1,4 @@
-"""Ollama's requests as bodies for llama-server. Pure: an object in, an object out."""
+"""Ollama's requests, their fields checked (see `fields`), as bodies for llama-server. Pure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import orjson
 
 from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.errors import RequestError, UnsupportedError
-from llamarunner.proxies.body import json_kind
 from llamarunner.proxies.ollama.options import response_format, sampling, template_kwargs
+from llamarunner.proxies.openai_body import check_tools
 
 _IMAGE_TYPES = {
     b"\x89PNG": "image/png",
@@ -34,7 +34,8 @@ def chat_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
     if tools := request.get("tools"):
         if Capability.TOOLS not in model.capabilities:
             raise UnsupportedError(f"{model.name} does not support tools")
-        body["tools"] = tools
+        body["tools"] = [{"type": "function", **tool} for tool in tools]
+        check_tools(body["tools"])
     return body
 
 
@@ -75,31 +76,25 @@ def infill_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
 
 
 def _common(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    options = request.get("options") or {}
-    if not isinstance(options, dict):
-        raise RequestError(f"json: cannot unmarshal {json_kind(options)} into field options")
-    body: dict[str, Any] = {"stream": True, "cache_prompt": True, **sampling(options, model.context)}
+    options = sampling(request.get("options") or {}, model.context)
+    body: dict[str, Any] = {"stream": True, "cache_prompt": True, **options}
     if shape := response_format(request.get("format")):
         body["response_format"] = shape
     if arguments := template_kwargs(request.get("think"), model, str(request.get("model", ""))):
         body["chat_template_kwargs"] = arguments
     top = request.get("top_logprobs") or 0
-    if not isinstance(top, int) or not 0 <= top <= 20:
+    if not 0 <= top <= 20:
         raise RequestError("top_logprobs must be between 0 and 20")
     if request.get("logprobs"):
         body |= {"logprobs": True, "top_logprobs": max(top, 1)}
     return body
 
 
-def _messages(messages: Any, model: Model) -> list[dict[str, Any]]:
-    if not isinstance(messages, list):
-        raise RequestError(f"json: cannot unmarshal {json_kind(messages)} into field messages of type []api.Message")
+def _messages(messages: Sequence[Mapping[str, Any]], model: Model) -> list[dict[str, Any]]:
     converted: list[dict[str, Any]] = []
     pending_calls: list[str] = []  # ids of the calls that tool messages without one answer, in order
     numbers = itertools.count(1)
     for message in messages:
-        if not isinstance(message, dict):
-            raise RequestError(f"json: cannot unmarshal {json_kind(message)} into field messages of type api.Message")
         result = _message(message, model)
         if calls := message.get("tool_calls"):
             result["tool_calls"] = [_tool_call(call, f"call_{next(numbers)}") for call in calls]
@@ -116,15 +111,8 @@ def _messages(messages: Any, model: Model) -> list[dict[str, Any]]:
 
 
 def _message(message: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    content = message.get("content")
-    if content is None:
-        content = ""
-    if not isinstance(content, str):
-        raise RequestError(f"json: cannot unmarshal {json_kind(content)} into field messages.content of type string")
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise RequestError(f"json: cannot unmarshal {json_kind(role)} into field messages.role of type string")
-    result: dict[str, Any] = {"role": role, "content": content}
+    content = message.get("content") or ""
+    result: dict[str, Any] = {"role": message["role"].lower(), "content": content}
     if thinking := message.get("thinking"):
         result["reasoning_content"] = thinking
     if images := message.get("images"):
@@ -132,15 +120,13 @@ def _message(message: Mapping[str, Any], model: Model) -> dict[str, Any]:
     return result
 
 
-def _images(images: Sequence[Any], model: Model) -> list[dict[str, Any]]:
+def _images(images: Sequence[str], model: Model) -> list[dict[str, Any]]:
     if Capability.VISION not in model.capabilities:
         raise UnsupportedError(f"{model.name} does not support vision")
     return [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in images]
 
 
-def _data_uri(image: Any) -> str:
-    if not isinstance(image, str):
-        raise RequestError(f"json: cannot unmarshal {json_kind(image)} into field images of type api.ImageData")
+def _data_uri(image: str) -> str:
     if image.startswith("data:"):
         return image
     try:
@@ -153,12 +139,14 @@ def _data_uri(image: Any) -> str:
     return f"data:{kind};base64,{image}"
 
 
-def _tool_call(call: Any, fallback_id: str) -> dict[str, Any]:
+def _tool_call(call: Mapping[str, Any], fallback_id: str) -> dict[str, Any]:
     """Ollama's arguments are an object, llama-server's a string of JSON."""
-    try:
-        function = call["function"]
-        name, arguments = function["name"], function.get("arguments") or {}
-    except (KeyError, TypeError):
-        raise RequestError("json: a tool call needs function.name and function.arguments") from None
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RequestError("json: a tool call needs a function with a name")
+    arguments = function.get("arguments") or {}
     text = arguments if isinstance(arguments, str) else orjson.dumps(arguments).decode()
-    return {"id": call.get("id") or fallback_id, "type": "function", "function": {"name": name, "arguments": text}}
+    call_id = call.get("id") or fallback_id
+    if not isinstance(call_id, str):
+        raise RequestError("json: the id of a tool call must be a string")
+    return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": text}}

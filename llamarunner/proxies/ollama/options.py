@@ -40,6 +40,7 @@ _FLOATS = {
 _INTEGERS = {"top_k", "repeat_last_n", "seed", "num_predict", "num_keep"}
 _LAUNCH_INTEGERS = {"num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"}
 """Decided when the model is loaded, by its configuration; checked here, so that a mistake is still told."""
+_MOST = 2**31 - 1  # llama.cpp counts in 32 bits
 _THINK_LEVELS = ("high", "medium", "low", "max")
 
 
@@ -64,9 +65,11 @@ def _checked(name: str, value: Any) -> Any:
             raise OptionError(f'option "{name}" must be of type float32')
         return float(value)
     if name in _INTEGERS or name in _LAUNCH_INTEGERS:
-        if not is_number or math.isinf(value):
+        if not is_number:
             raise OptionError(f'option "{name}" must be of type integer')
-        return int(value)
+        if name == "seed" and value >= 0:
+            return int(value) % 2**32
+        return max(-_MOST, min(int(value), _MOST))
     if name == "use_mmap" and not isinstance(value, bool):
         raise OptionError(f'option "{name}" must be of type boolean')
     if name == "stop":

@@ -1,0 +1,64 @@
+"""Questions asked of the program, of its engine directly, or of nginx before it, on one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+
+CHAT = "/v1/chat/completions"
+OLLAMA_CHAT = "/api/chat"
+QUESTION = {"model": "m", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+
+
+@asynccontextmanager
+async def client() -> AsyncIterator[aiohttp.ClientSession]:
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        yield session
+
+
+async def ask(session: aiohttp.ClientSession, port: int, path: str = CHAT, **fields: object) -> float:
+    """Seconds from the question to the end of its answer."""
+    started = time.perf_counter()
+    body = {**QUESTION, "stream": False, **fields}
+    async with session.post(f"http://127.0.0.1:{port}{path}", json=body) as response:
+        await response.read()
+        response.raise_for_status()
+    return time.perf_counter() - started
+
+
+async def alternate(session: aiohttp.ClientSession, ports: tuple[int, int], rounds: int) -> list[list[float]]:
+    """The same question to both in turn, so that whatever else the machine does meets both alike."""
+    took: list[list[float]] = [[], []]
+    for number in range(rounds + rounds // 10):
+        for port, series in zip(ports, took, strict=True):
+            seconds = await ask(session, port)
+            if number >= rounds // 10:  # what comes before warms up
+                series.append(seconds)
+    return took
+
+
+async def stream(session: aiohttp.ClientSession, port: int, path: str, streams: int) -> tuple[int, float]:
+    """Ask `streams` times at once: the lines that came, and the seconds it took."""
+
+    async def one() -> int:
+        body = {**QUESTION, "stream": True}
+        count = 0
+        async with session.post(f"http://127.0.0.1:{port}{path}", json=body) as response:
+            response.raise_for_status()
+            async for block in response.content.iter_any():
+                count += block.count(b"\n")
+        return count
+
+    started = time.perf_counter()
+    counts = await asyncio.gather(*(one() for _ in range(streams)))
+    return sum(counts), time.perf_counter() - started
+
+
+def percentile(values: list[float], percent: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]

@@ -1,0 +1,288 @@
+"""`make bench`: speed and size of the real program, on the scripted engine, against their budgets. One table.
+
+For true figures the machine must be idle. What is compared (the engine asked directly, nginx) is measured in the same
+run, in turn, so that ratios and differences hold on a slower machine too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import orjson
+import psutil
+import uvloop
+
+from bench.client import CHAT, OLLAMA_CHAT, alternate, ask, client, percentile, stream
+from bench.nginx import nginx
+from bench.program import Program, answers, cpu_seconds, engine_port, free_port, prepare, serving, until
+from tests.fakes.pty import Terminal
+
+MB = 1e6
+STREAMS = 64
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A figure and its budget; `at_least` where more is better. Without a budget it is told for the record."""
+
+    what: str
+    value: float
+    unit: str
+    budget: float | None = None
+    at_least: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.budget is None:
+            return ""
+        return "ok" if (self.value >= self.budget if self.at_least else self.value <= self.budget) else "OVER"
+
+    def cells(self) -> tuple[str, str, str, str]:
+        sign = "≥" if self.at_least else "≤"
+        budget = "" if self.budget is None else f"{sign} {self.budget:g} {self.unit}"
+        return self.what, f"{self.value:,.{_digits(self.value)}f} {self.unit}", budget, self.verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long each measurement takes."""
+
+    starts: int = 7
+    rest_s: float = 15.0
+    rounds: int = 2000
+    cold: int = 7
+    tokens: int = 1000
+    repeats: int = 5
+
+
+QUICK = Effort(starts=2, rest_s=3.0, rounds=150, cold=2, tokens=150, repeats=2)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all of them if none is named")
+    parser.add_argument("--quick", action="store_true", help="only see that it works: the figures are rough")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"there is no part {sorted(unknown)[0]}")
+    effort = QUICK if options.quick else Effort()
+    load = os.getloadavg()[0]
+    rows: list[Row] = []
+    for name in options.parts or PARTS:
+        sys.stderr.write(f"bench: {name} ...\n")
+        with tempfile.TemporaryDirectory(prefix="llamarunner-bench-") as folder:
+            rows += PARTS[name](prepare(Path(folder)), effort)
+    print_table(rows)
+    over = sum(row.verdict == "OVER" for row in rows)
+    print(
+        f"\n{over} over budget; Python {sys.version.split()[0]}, {os.cpu_count()} cores, load {load:.1f} at the start"
+    )
+    if load > 0.3:
+        print("The machine was not idle: do not trust these figures.")
+    return 0
+
+
+def print_table(rows: list[Row]) -> None:
+    table = [("what", "measured", "budget", ""), *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(4)]
+    for number, line in enumerate(table):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+        if number == 0:
+            print("  ".join("-" * width for width in widths).rstrip())
+
+
+def headless(program: Program, effort: Effort) -> Iterator[Row]:
+    ready: list[float] = []
+    for _ in range(effort.starts):
+        with serving(program) as (process, seconds):
+            ready.append(seconds)
+    yield Row("headless: ready, median", statistics.median(ready), "s", 0.8)
+    with serving(program) as (process, _):
+        time.sleep(min(3.0, effort.rest_s))  # until what is done once is done: this is what rest looks like
+        yield Row("headless: RSS", process.memory_info().rss / MB, "MB", 80)
+        yield Row("headless: CPU at rest", 100 * _cpu_share(process, effort.rest_s), "%", 0.3)
+
+
+def tui(program: Program, effort: Effort) -> Iterator[Row]:
+    frames: list[float] = []
+    for _ in range(effort.starts):
+        with _terminal(program) as terminal:
+            frames.append(terminal.wait_for("Models", 20))
+    yield Row("TUI: first frame, median", statistics.median(frames), "s", 1.2)
+    with _terminal(program) as terminal:
+        terminal.wait_for("Models", 20)
+        time.sleep(min(3.0, effort.rest_s))
+        process, before = psutil.Process(terminal.process.pid), terminal.bytes_read
+        share = _cpu_share(process, effort.rest_s)
+        written = terminal.bytes_read - before
+        yield Row("TUI: RSS", process.memory_info().rss / MB, "MB", 120)
+        yield Row("TUI: CPU at rest", 100 * share, "%", 2)
+        yield Row("TUI: to the terminal at rest", written / effort.rest_s / 1024, "KiB/s", 5)
+
+
+def _terminal(program: Program) -> Terminal:
+    return Terminal(program.argv, columns=120, rows=40, env=program.env)
+
+
+def latency(program: Program, effort: Effort) -> Iterator[Row]:
+    """One client, answers not streamed: what passing through the program adds."""
+    program.tell_engine({"tokens": ["Hello", " there", "!"]})
+    with serving(program) as (process, _):
+
+        async def measure() -> list[list[float]]:
+            async with client() as session:
+                await ask(session, program.lmstudio)
+                return await alternate(session, (engine_port(process), program.lmstudio), effort.rounds)
+
+        direct, through = run(measure)
+    yield Row("engine asked directly, p50", 1000 * percentile(direct, 50), "ms")
+    for percent, budget in ((50, 0.4), (99, 2.0)):
+        added = percentile(through, percent) - percentile(direct, percent)
+        yield Row(f"added latency, p{percent}", 1000 * added, "ms", budget)
+
+
+def cold(program: Program, effort: Effort) -> Iterator[Row]:
+    """A request for a model that is not loaded, beyond what its engine takes by itself."""
+    program.tell_engine({"load_s": 0.2})
+    alone, asked = list[float](), list[float]()
+    with serving(program) as (process, _):
+
+        async def measure() -> float:
+            async with client() as session:
+                took = await ask(session, program.ollama, keep_alive=0)
+            return took
+
+        for _ in range(effort.cold):
+            alone.append(_start_engine(program))
+            asked.append(run(measure))
+            until(lambda: not _has_engine(process), "end of the engine")
+    yield Row("engine alone, start to first answer", 1000 * statistics.median(alone), "ms")
+    added = statistics.median(asked) - statistics.median(alone)
+    yield Row("cold request, beyond that", 1000 * added, "ms", 50)
+
+
+def streams(program: Program, effort: Effort) -> Iterator[Row]:
+    """Many answers streamed at once: the program and nginx on one core, engine and client on another."""
+    token = {"choices": [{"finish_reason": None, "index": 0, "delta": {"content": " word"}}], "created": 1, "id": "c",
+             "model": "m", "object": "chat.completion.chunk"}  # fmt: skip
+    program.tell_engine({"raw": _events(token, effort.tokens)})
+    cores = sorted(os.sched_getaffinity(0))
+    ours, others = ({cores[0]}, set(cores[1:])) if len(cores) > 1 else (set(cores), set(cores))
+    os.sched_setaffinity(0, others)
+    try:
+        with serving(program, ours) as (process, _):
+            run(lambda: _ask_once(program.lmstudio))
+            upstream = engine_port(process)
+            with nginx(program.home, upstream, ours) as other:
+                yield from _compare_streams(program, effort, process, other)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _compare_streams(
+    program: Program, effort: Effort, process: psutil.Process, other: tuple[int, psutil.Process] | None
+) -> Iterator[Row]:
+    ways = {"OpenAI": (program.lmstudio, CHAT, process), "Ollama": (program.ollama, OLLAMA_CHAT, process)}
+    if other is not None:
+        ways["nginx"] = (other[0], CHAT, other[1])
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    costs: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(effort.repeats + 1):
+        for name, (port, path, worker) in ways.items():
+            before = cpu_seconds(worker)
+            _, seconds = run(lambda port=port, path=path: _stream(port, path))  # type: ignore[misc]  # bound at once
+            if number:  # the first warms up
+                rates[name].append(STREAMS * effort.tokens / seconds)
+                costs[name].append((cpu_seconds(worker) - before) * 1e6 / STREAMS / effort.tokens)
+    best = {name: max(series) for name, series in rates.items()}
+    cost = {name: statistics.median(series) for name, series in costs.items()}
+    for name in ways:
+        yield Row(f"{STREAMS} streams, {name}: chunks", best[name], "/s")
+        yield Row(f"{STREAMS} streams, {name}: CPU per chunk", cost[name], "µs")
+    if "nginx" in ways:
+        yield Row(f"{STREAMS} streams: chunks per second against nginx", best["OpenAI"] / best["nginx"], "x", 0.8, True)
+    else:
+        sys.stderr.write("bench: nginx is not installed: no comparison with it\n")
+    yield Row("Ollama's dialect: CPU against OpenAI's", cost["Ollama"] / max(cost["OpenAI"], 1e-9), "x", 1.3)
+
+
+PARTS: dict[str, Callable[[Program, Effort], Iterator[Row]]] = {
+    "headless": headless, "tui": tui, "latency": latency, "cold": cold, "streams": streams,
+}  # fmt: skip
+
+
+async def _ask_once(port: int) -> float:
+    async with client() as session:
+        return await ask(session, port)
+
+
+async def _stream(port: int, path: str) -> tuple[int, float]:
+    async with client() as session:
+        return await stream(session, port, path, STREAMS)
+
+
+def _events(token: dict[str, object], count: int) -> dict[str, object]:
+    """A whole stream for the engine to replay, an event a write. All events are of one length."""
+    event = b"data: " + orjson.dumps(token) + b"\n\n"
+    last = {**token, "choices": [{"finish_reason": "stop", "index": 0, "delta": {}}]}
+    tail = b"data: " + orjson.dumps(last) + b"\n\ndata: [DONE]\n\n"
+    return {"body": (event * count + tail).decode(), "chunk_bytes": len(event)}
+
+
+def _start_engine(program: Program) -> float:
+    """Seconds from the start of an engine of our own to the end of its first answer."""
+    port, started = free_port(), time.perf_counter()
+    argv = [str(program.engine), "--model", str(program.model), "--host", "127.0.0.1", "--port", str(port)]
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            until(lambda: answers(port, "/health"), "answer from the engine")
+            run(lambda: _ask_once(port))
+            return time.perf_counter() - started
+        finally:
+            process.terminate()
+
+
+def _has_engine(process: psutil.Process) -> bool:
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if any("fake_engine" in word for word in child.cmdline()):
+                return True
+    return False
+
+
+def _cpu_share(process: psutil.Process, seconds: float) -> float:
+    """Of one core, over so many seconds from now, its helpers included."""
+    before, started = cpu_seconds(process, helpers=True), time.monotonic()
+    time.sleep(seconds)
+    return (cpu_seconds(process, helpers=True) - before) / (time.monotonic() - started)
+
+
+def run(work: Callable[[], Awaitable[T]]) -> T:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+
+        async def main() -> T:
+            return await work()
+
+        return runner.run(main())
+
+
+def _digits(value: float) -> int:
+    return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

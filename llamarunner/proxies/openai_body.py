@@ -1,0 +1,79 @@
+"""What an engine must not get to see in a body of OpenAI's API. Pure.
+
+llama-server answers 500 to messages and tools that are not as they should be, quotes them in its log, and fetches
+pictures from any address it is given. So they are looked at before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llamarunner.catalog.catalog import Capability, Model
+from llamarunner.errors import RequestError, UnsupportedError
+from llamarunner.proxies.body import json_kind
+
+_MEDIA: Mapping[str, Capability] = {"image_url": Capability.VISION, "input_audio": Capability.AUDIO}
+
+
+def check_messages(messages: object, model: Model) -> None:
+    for index, message in enumerate(_expect(messages, list, "messages")):
+        place = f"messages[{index}]"
+        _expect(message, dict, place)
+        _expect(message.get("role"), str, f"{place}.role")
+        content = message.get("content")
+        if isinstance(content, list):
+            for number, part in enumerate(content):
+                _check_part(part, f"{place}.content[{number}]", model)
+        elif content is not None:
+            _expect(content, str, f"{place}.content", "a string or an array")
+        for number, call in enumerate(_expect(message.get("tool_calls") or [], list, f"{place}.tool_calls")):
+            _check_call(call, f"{place}.tool_calls[{number}]")
+
+
+def check_tools(tools: object) -> None:
+    for index, tool in enumerate(_expect(tools, list, "tools")):
+        place = f"tools[{index}]"
+        if _expect(tool, dict, place).get("type") != "function":
+            raise RequestError(f'{place}.type must be "function"')
+        function = _expect(tool.get("function"), dict, f"{place}.function")
+        _expect(function.get("name"), str, f"{place}.function.name")
+        if function.get("description") is not None:
+            _expect(function["description"], str, f"{place}.function.description")
+        if function.get("parameters") is not None:
+            _expect(function["parameters"], dict, f"{place}.function.parameters")
+
+
+def _check_part(part: object, place: str, model: Model) -> None:
+    fields = _expect(part, dict, place)
+    kind = _expect(fields.get("type"), str, f"{place}.type")
+    if kind == "text":
+        _expect(fields.get("text"), str, f"{place}.text")
+    elif kind in _MEDIA:
+        if _MEDIA[kind] not in model.capabilities:
+            raise UnsupportedError(f"{model.name} does not support {_MEDIA[kind]}")
+        media = _expect(fields.get(kind), dict, f"{place}.{kind}")
+        if kind == "image_url" and not _expect(media.get("url"), str, f"{place}.{kind}.url").startswith("data:"):
+            raise RequestError("image URLs are not currently supported, please use base64 encoded data instead")
+    else:
+        raise RequestError(f'{place}.type must be "text", "image_url" or "input_audio"')
+
+
+def _check_call(call: object, place: str) -> None:
+    fields = _expect(call, dict, place)
+    if fields.get("type") != "function":
+        raise RequestError(f'{place}.type must be "function"')
+    function = _expect(fields.get("function"), dict, f"{place}.function")
+    _expect(function.get("name"), str, f"{place}.function.name")
+    _expect(function.get("arguments"), str, f"{place}.function.arguments")
+    if fields.get("id") is not None:
+        _expect(fields["id"], str, f"{place}.id")
+
+
+_NAMES: Mapping[type, str] = {str: "a string", list: "an array", dict: "an object"}
+
+
+def _expect(value: Any, wanted: type, place: str, words: str = "") -> Any:
+    if not isinstance(value, wanted):
+        raise RequestError(f"{place} must be {words or _NAMES[wanted]}, not {json_kind(value)}")
+    return value
