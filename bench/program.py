@@ -46,7 +46,7 @@ class Program:
     def tell_engine(self, script: dict[str, Any]) -> None:
         """What running and later engines do from now on; whole in one step, for they read it at each request."""
         written = self.script.with_suffix(".new")
-        written.write_text(json.dumps({"no_auth": True, **script}), encoding="utf-8")
+        written.write_text(json.dumps(script), encoding="utf-8")
         written.replace(self.script)
 
 
@@ -124,10 +124,10 @@ def cpu_seconds(process: psutil.Process, *, helpers: bool = False) -> float:
     return sum(times.user + times.system for times in (each.cpu_times() for each in family))
 
 
-def engine_port(process: psutil.Process) -> int:
-    """Where its one engine listens."""
+def engine_of(process: psutil.Process) -> tuple[int, str]:
+    """The port and the key of its one engine."""
     for child in process.children(recursive=True):
         for connection in child.net_connections("tcp"):
             if connection.status == psutil.CONN_LISTEN:
-                return int(connection.laddr.port)
+                return int(connection.laddr.port), str(child.environ()["LLAMA_API_KEY"])
     raise LookupError("no child process listens")

@@ -26,7 +26,7 @@ import uvloop
 
 from bench.client import CHAT, OLLAMA_CHAT, alternate, ask, client, percentile, stream
 from bench.nginx import nginx
-from bench.program import Program, answers, cpu_seconds, engine_port, free_port, prepare, serving, until
+from bench.program import Program, answers, cpu_seconds, engine_of, free_port, prepare, serving, until
 from tests.fakes.pty import Terminal
 
 MB = 1e6
@@ -142,11 +142,12 @@ def latency(program: Program, effort: Effort) -> Iterator[Row]:
     """One client, answers not streamed: what passing through the program adds."""
     program.tell_engine({"tokens": ["Hello", " there", "!"]})
     with serving(program) as (process, _):
+        run(lambda: _ask_once(program.lmstudio))
+        port, key = engine_of(process)
 
         async def measure() -> list[list[float]]:
-            async with client() as session:
-                await ask(session, program.lmstudio)
-                return await alternate(session, (engine_port(process), program.lmstudio), effort.rounds)
+            async with client(key) as session:
+                return await alternate(session, (port, program.lmstudio), effort.rounds)
 
         direct, through = run(measure)
     yield Row("engine asked directly, p50", 1000 * percentile(direct, 50), "ms")
@@ -160,15 +161,9 @@ def cold(program: Program, effort: Effort) -> Iterator[Row]:
     program.tell_engine({"load_s": 0.2})
     alone, asked = list[float](), list[float]()
     with serving(program) as (process, _):
-
-        async def measure() -> float:
-            async with client() as session:
-                took = await ask(session, program.ollama, keep_alive=0)
-            return took
-
         for _ in range(effort.cold):
             alone.append(_start_engine(program))
-            asked.append(run(measure))
+            asked.append(run(lambda: _ask_once(program.ollama, keep_alive=0)))
             until(lambda: not _has_engine(process), "end of the engine")
     yield Row("engine alone, start to first answer", 1000 * statistics.median(alone), "ms")
     added = statistics.median(asked) - statistics.median(alone)
@@ -186,15 +181,15 @@ def streams(program: Program, effort: Effort) -> Iterator[Row]:
     try:
         with serving(program, ours) as (process, _):
             run(lambda: _ask_once(program.lmstudio))
-            upstream = engine_port(process)
+            upstream, key = engine_of(process)
             with nginx(program.home, upstream, ours) as other:
-                yield from _compare_streams(program, effort, process, other)
+                yield from _compare_streams(program, effort, process, other, key)
     finally:
         os.sched_setaffinity(0, cores)
 
 
 def _compare_streams(
-    program: Program, effort: Effort, process: psutil.Process, other: tuple[int, psutil.Process] | None
+    program: Program, effort: Effort, process: psutil.Process, other: tuple[int, psutil.Process] | None, key: str
 ) -> Iterator[Row]:
     ways = {"OpenAI": (program.lmstudio, CHAT, process), "Ollama": (program.ollama, OLLAMA_CHAT, process)}
     if other is not None:
@@ -204,7 +199,7 @@ def _compare_streams(
     for number in range(effort.repeats + 1):
         for name, (port, path, worker) in ways.items():
             before = cpu_seconds(worker)
-            _, seconds = run(lambda port=port, path=path: _stream(port, path))  # type: ignore[misc]  # bound at once
+            _, seconds = run(lambda port=port, path=path: _stream(port, path, key))  # type: ignore[misc]  # bound at once
             if number:  # the first warms up
                 rates[name].append(STREAMS * effort.tokens / seconds)
                 costs[name].append((cpu_seconds(worker) - before) * 1e6 / STREAMS / effort.tokens)
@@ -225,13 +220,13 @@ PARTS: dict[str, Callable[[Program, Effort], Iterator[Row]]] = {
 }  # fmt: skip
 
 
-async def _ask_once(port: int) -> float:
+async def _ask_once(port: int, **fields: object) -> float:
     async with client() as session:
-        return await ask(session, port)
+        return await ask(session, port, **fields)  # type: ignore[arg-type]  # none of them is `path`
 
 
-async def _stream(port: int, path: str) -> tuple[int, float]:
-    async with client() as session:
+async def _stream(port: int, path: str, key: str) -> tuple[int, float]:
+    async with client(key) as session:
         return await stream(session, port, path, STREAMS)
 
 

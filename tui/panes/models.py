@@ -35,7 +35,7 @@ class ModelsPane(TablePane):
     )
 
     def make_rows(self, snapshot: Snapshot) -> list[Row]:
-        return self.rows_of(snapshot.models, model_row)
+        return self.rows_of(snapshot.models, lambda model: model.name, model_row)
 
     def notes(self) -> tuple[str, str]:
         models = self.snapshot.models if self.snapshot else ()

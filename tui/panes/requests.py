@@ -34,7 +34,7 @@ class RequestsPane(TablePane):
     )
 
     def make_rows(self, snapshot: Snapshot) -> list[Row]:
-        return self.rows_of(snapshot.requests, request_row)
+        return self.rows_of(snapshot.requests, lambda request: str(request.request_id), request_row)
 
     def notes(self) -> tuple[str, str]:
         requests = self.snapshot.requests if self.snapshot else ()

@@ -10,12 +10,12 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 
-from llamarunner.control.snapshot import ModelView, RequestView, Snapshot
+from llamarunner.control.snapshot import Snapshot
 from tui.lines import Line
 from tui.panes.pane import Pane
 from tui.table import Column, Row, Sort, fit_columns, header_line, row_line, select_rows
 
-View = TypeVar("View", ModelView, RequestView)
+View = TypeVar("View")
 
 _ROOMY = 100  # cells from which columns stand two apart
 
@@ -54,12 +54,12 @@ class TablePane(Pane):
     def make_rows(self, snapshot: Snapshot) -> list[Row]:
         raise NotImplementedError
 
-    def rows_of(self, views: Sequence[View], make: Callable[[View], Row]) -> list[Row]:
+    def rows_of(self, views: Sequence[View], key_of: Callable[[View], str], make: Callable[[View], Row]) -> list[Row]:
         """A row for each view; those of views that are as they were are kept, for there may be thousands."""
         before, self._made = self._made, {}
         rows = []
         for view in views:
-            key = view.name if isinstance(view, ModelView) else str(view.request_id)
+            key = key_of(view)
             known = before.get(key)
             row = known[1] if known is not None and known[0] == view else make(view)
             self._made[key] = (view, row)
