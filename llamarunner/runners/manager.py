@@ -22,11 +22,20 @@ import aiohttp
 from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import SchedulerConfig
 from llamarunner.engines.engine import Engine
-from llamarunner.errors import EngineError, EngineMissingError, LlamaRunnerError, LoadError, OverloadedError
+from llamarunner.errors import (
+    EngineError,
+    EngineGoneError,
+    EngineMissingError,
+    LlamaRunnerError,
+    LoadError,
+    OverloadedError,
+)
 from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerState
 from llamarunner.runners.guardian import Guardian
+from llamarunner.runners.restarts import OPEN_AFTER, WINDOW_S, Restarts
 from llamarunner.runners.runner import EngineLog, Runner
 from llamarunner.runners.scheduler import Drain, Facts, Load, Resident, Unload, Waiting, decide
+from llamarunner.units import format_duration
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +73,7 @@ class _Place:
     waiters: deque[_Waiter] = field(default_factory=deque)
     keep_alive_s: float = 0.0
     idle_since: float | None = None
+    restarts: Restarts = field(default_factory=Restarts)
     failure: EngineError | None = None  # of the newest load or run, until the next one begins
     failed_at: float = 0.0
     stopping: bool = False
@@ -169,6 +179,8 @@ class RunnerManager:
 
     def _release(self, place: _Place) -> None:
         place.leases -= 1
+        if place.runner is not None and place.runner.state is RunnerState.READY:
+            place.restarts.reset()
         if place.leases == 0:
             place.idle_since = time.monotonic()
             if all(other.leases == 0 for other in self._places.values()):
@@ -198,7 +210,9 @@ class RunnerManager:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     async def load(self, model: Model, *, keep_alive_s: float | None = None) -> None:
-        """Return once `model` is ready. Raises as `acquire` does."""
+        """Return once `model` is ready. Raises as `acquire` does. A person asks: earlier failures do not count."""
+        if place := self._places.get(model.name):
+            place.restarts.reset()
         async with self.acquire(model, keep_alive_s=keep_alive_s):
             pass
 
@@ -361,6 +375,9 @@ class RunnerManager:
     def _start(self, place: _Place) -> None:
         model = place.model
         engine = self._engines.get(model.settings.engine)
+        if place.failure is not None and (wait_s := place.restarts.wait_s(time.monotonic())) > 0:
+            self._refuse_waiters(place, _not_yet(place.failure, wait_s, place.restarts.is_open(time.monotonic())))
+            return
         place.failure = None
         if engine is None:
             self._fail(place, EngineMissingError(f"there is no engine '{model.settings.engine}'"))
@@ -409,6 +426,8 @@ class RunnerManager:
     def _fail(self, place: _Place, error: EngineError) -> None:
         place.failure = error
         place.failed_at = time.monotonic()
+        if isinstance(error, LoadError | EngineGoneError):  # others cost nothing to find out again
+            place.restarts.failed(place.failed_at)
         self._refuse_waiters(place, error)
 
     def _stop(self, place: _Place, reason: str) -> None:
@@ -431,6 +450,23 @@ class RunnerManager:
         if place is not None and place.runner is runner and not place.stopping:
             place.runner = None
             place.idle_since = None
-            place.failure = runner.error
-            place.failed_at = time.monotonic()
+            if runner.error is not None:
+                place.failure = runner.error
+                place.failed_at = time.monotonic()
+                place.restarts.failed(place.failed_at)
             self._reconsider()
+
+
+def _not_yet(failure: EngineError, wait_s: float, is_open: bool) -> EngineError:
+    """The failure again, and when the next try is."""
+    if is_open:
+        often = f"it failed {OPEN_AFTER} times within {format_duration(WINDOW_S)}"
+        again = f"{often} and is left alone for {format_duration(wait_s)}, or until it is loaded by hand"
+    else:
+        again = f"the next try is in {format_duration(wait_s)}"
+    hint = f"{failure.hint}; {again}" if failure.hint else again
+    if isinstance(failure, LoadError):
+        return LoadError(
+            failure.message, hint=hint, cause=failure.cause, exit_code=failure.exit_code, log_tail=failure.log_tail
+        )
+    return EngineError(failure.message, hint=hint)

@@ -293,6 +293,23 @@ async def test_a_load_that_fails_fails_for_all_and_the_next_request_tries_again(
     assert stage.at("a").failure is None
 
 
+async def test_a_model_that_keeps_failing_is_left_alone_until_a_person_loads_it(make_stage: Any) -> None:
+    stage = make_stage()
+    model = stage.model("a", exit={"at": "load", "code": 3})
+    for spawns in (1, 2):
+        with pytest.raises(LoadError):
+            await use(stage, model)
+        assert stage.spawns("a") == spawns
+    with pytest.raises(LoadError, match="the next try is in") as refused:
+        await use(stage, model)
+    assert refused.value.exit_code == 3
+    assert stage.spawns("a") == 2, "no attempt was made"
+    stage.model("a")
+    await stage.manager.load(model)
+    assert stage.spawns("a") == 3
+    await use(stage, model)
+
+
 async def test_an_unknown_engine_is_told(make_stage: Any) -> None:
     stage = make_stage()
     model = Model("a", Path("/models/a.gguf"), ModelSettings(engine="nonesuch"))
