@@ -1,5 +1,6 @@
 # Every target sets itself up: .venv, dependencies, the demo's model (see scripts/install). The second time that is quick.
-# PYTHON=/path/to/python3.12 chooses the interpreter, ARGS=... is handed on: make demo ARGS=--no-tui, make test ARGS="-k sse".
+# PYTHON=/path/to/python3.12 chooses the interpreter of a new .venv; ARGS=... is handed on: make demo ARGS=--no-tui,
+# make test ARGS="-k sse".
 
 PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
@@ -23,6 +24,7 @@ check: install ## Check format, lint, types and the layers of the architecture.
 	$(PYTHON_IN_VENV) -m ruff format --check .
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m mypy
+	$(PYTHON_IN_VENV) -m mypy demo/demo.py bench/run.py
 	.venv/bin/lint-imports
 
 format: install ## Format the code, and mend what lint can.
@@ -40,9 +42,9 @@ wheel: install ## Build the wheel into dist/.
 lock: install ## Choose the newest versions that pyproject.toml allows, and write requirements.lock.
 	$(PYTHON_IN_VENV) -m pip --disable-pip-version-check install --quiet uv
 	{ echo "# Exact versions for development on Python 3.11 to 3.14, written by \`make lock\` from pyproject.toml."; \
-	  .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	    --no-emit-index-url --extra builtin --group dev pyproject.toml; } > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+	  UV_SYSTEM_CERTS=1 .venv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	    --no-emit-index-url --extra builtin --group dev pyproject.toml; } > .venv/requirements.lock
+	mv .venv/requirements.lock requirements.lock
 
 clean: ## Remove what was built, cached and installed here (.venv and .demo too).
 	rm -rf .venv .demo dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis snapshot_report.html

@@ -62,6 +62,18 @@ async def stream(session: aiohttp.ClientSession, port: int, path: str, streams: 
     return sum(counts), time.perf_counter() - started
 
 
+async def knock(session: aiohttp.ClientSession, port: int, busy: asyncio.Task[object]) -> list[float]:
+    """How long the program itself takes to answer while `busy` runs: what holds its loop up shows here."""
+    took: list[float] = []
+    while not busy.done():
+        started = time.perf_counter()
+        async with session.get(f"http://127.0.0.1:{port}/api/version") as response:
+            await response.read()
+        took.append(time.perf_counter() - started)
+        await asyncio.sleep(0.002)
+    return took
+
+
 def percentile(values: list[float], percent: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]

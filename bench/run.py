@@ -24,10 +24,10 @@ import orjson
 import psutil
 import uvloop
 
-from bench.client import CHAT, OLLAMA_CHAT, alternate, ask, client, percentile, stream
+from bench.client import CHAT, OLLAMA_CHAT, alternate, ask, client, knock, percentile, stream
 from bench.nginx import nginx
 from bench.program import Program, answers, cpu_seconds, engine_of, free_port, prepare, serving, until
-from tests.fakes.pty import Terminal
+from tests.fakes.terminal import Terminal
 
 MB = 1e6
 STREAMS = 64
@@ -215,8 +215,32 @@ def _compare_streams(
     yield Row("Ollama's dialect: CPU against OpenAI's", cost["Ollama"] / max(cost["OpenAI"], 1e-9), "x", 1.3)
 
 
+def busy(program: Program, effort: Effort) -> Iterator[Row]:
+    """32 streams at the speed of a quick model: whether the screen holds up those who ask meanwhile."""
+    program.tell_engine({"tokens": [" word"] * int(effort.rest_s * 50), "delay_s": 0.02})
+
+    async def measure() -> list[float]:
+        async with client() as session:
+            await ask(session, program.ollama, max_tokens=1)
+            answers = asyncio.create_task(stream(session, program.ollama, CHAT, 32))
+            took = await knock(session, program.ollama, answers)
+            await answers
+            return took
+
+    with serving(program):
+        headless_p99 = percentile(run(measure), 99)
+    with _terminal(program) as terminal:
+        terminal.wait_for("Models", 20)
+        took = run(measure)
+    yield Row("under 32 streams, headless: answers within, p99", 1000 * headless_p99, "ms")
+    yield Row("under 32 streams, TUI: answers within, p99", 1000 * percentile(took, 99), "ms")
+    yield Row("the one against the other", percentile(took, 99) / headless_p99, "x", 2)
+    yield Row("under 32 streams, TUI: longest", 1000 * max(took), "ms", 25)
+
+
 PARTS: dict[str, Callable[[Program, Effort], Iterator[Row]]] = {
     "headless": headless, "tui": tui, "latency": latency, "cold": cold, "streams": streams,
+    "busy": busy,
 }  # fmt: skip
 
 

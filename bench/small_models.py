@@ -41,7 +41,7 @@ class Draft:
         if kind is gguf.GGMLQuantizationType.F16:
             self.writer.add_tensor(f"{name}.weight", data.astype(np.float16))
         else:
-            self.writer.add_tensor(f"{name}.weight", gguf.quants.quantize(data, kind), raw_dtype=kind)
+            self.writer.add_tensor(f"{name}.weight", _quantized(data, kind), raw_dtype=kind)
 
     def vector(self, name: str, *dimensions: int, value: float = 1.0) -> None:
         full = name if name.endswith((".bias", "ssm_a")) else f"{name}.weight"
@@ -65,6 +65,14 @@ class Draft:
         for part in ("ffn_gate_exps", "ffn_up_exps"):
             self.matrix(f"{block}.{part}", width, ffn, count)
         self.matrix(f"{block}.ffn_down_exps", ffn, width, count)
+
+
+def _quantized(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Zeros of the right length where the package reads a type and cannot write it."""
+    try:
+        return gguf.quants.quantize(data, kind)
+    except NotImplementedError:
+        return np.zeros(gguf.quants.quant_shape_to_byte_shape(data.shape, kind), dtype=np.uint8)
 
 
 def write(path: Path, architecture: str, shape: Shape | None = None) -> Path:

@@ -7,15 +7,17 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from serving import Serving
+
 sys.path.insert(0, str(Path(__file__).parent / "fakes"))
 
-from serving import Serving, scripted_config, serve  # the folder of the fakes must be on the path first
 
-RunService = Callable[..., AbstractAsyncContextManager[Serving]]
+RunService = Callable[..., AbstractAsyncContextManager["Serving"]]
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +35,7 @@ def run_service(tmp_path: Path) -> RunService:
     A model's table may have its `path` (a small valid file is made otherwise) and `metadata` for that file's header;
     the other arguments are tables of the configuration, laid over what the models need.
     """
+    from serving import scripted_config, serve  # here, so that tests of a part do not need the whole
 
     def run(
         models: dict[str, dict[str, Any]] | None = None, *, log_files: bool = False, **tables: Any

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.pty import Terminal
+from tests.fakes.terminal import Terminal
 
 CHECKOUT = Path(__file__).parents[1]
 DEMO = CHECKOUT / "demo" / "demo.py"

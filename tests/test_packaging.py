@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -108,3 +109,74 @@ def test_the_installed_example_is_a_good_configuration(installed: Path) -> None:
     assert example.read_bytes() == (CHECKOUT / "config.toml.example").read_bytes()
     said = run_installed(installed, "-m", "llamarunner", "check", "--config", str(example))
     assert "the configuration is good" in said
+
+
+class TestInstall:
+    """`scripts/install` on machines that lack something: a clear word, a remedy, and nothing counted as done."""
+
+    @pytest.fixture
+    def copy(self, tmp_path: Path) -> Path:
+        """What it reads of a checkout, on a machine with these few programs and no Python."""
+        checkout, programs = tmp_path / "checkout", tmp_path / "bin"
+        for name in ("scripts/install", "pyproject.toml", "requirements.lock", "demo/models.txt"):
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(CHECKOUT / name, checkout / name)
+        (checkout / "llamarunner").mkdir()
+        shutil.copy(CHECKOUT / "llamarunner" / "__init__.py", checkout / "llamarunner")
+        programs.mkdir()
+        for name in ("sh", "cat", "cksum", "dirname", "rm"):
+            (programs / name).symlink_to(shutil.which(name) or name)
+        return checkout
+
+    @staticmethod
+    def python(copy: Path, name: str, *, lacking: str) -> None:
+        """A Python of that name that works, but for programs in which `lacking` occurs."""
+        program = copy.parent / "bin" / name
+        program.write_text(f'#!/bin/sh\ncase "$*" in *{lacking}*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+        program.chmod(0o755)
+
+    @staticmethod
+    def install(copy: Path) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": str(copy.parent / "bin"), "HOME": str(copy.parent), "PIP_NO_INDEX": "1"}
+        return subprocess.run(
+            ["sh", "scripts/install"],
+            cwd=copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def test_no_python_at_all(self, copy: Path) -> None:
+        done = self.install(copy)
+        assert done.returncode != 0
+        assert "no Python 3.11 to 3.14 was found (python3 is missing)" in done.stderr
+        assert "sudo apt install python3 python3-venv" in done.stderr
+        assert not (copy / ".venv").exists()
+
+    def test_a_python_that_is_too_old(self, copy: Path) -> None:
+        self.python(copy, "python3", lacking="version_info")
+        done = self.install(copy)
+        assert done.returncode != 0
+        assert "no Python 3.11 to 3.14 was found (python3 is Python 3." in done.stderr
+        assert not (copy / ".venv").exists()
+
+    def test_a_python_without_its_venv_module(self, copy: Path) -> None:
+        self.python(copy, "python3.13", lacking="ensurepip")
+        done = self.install(copy)
+        assert done.returncode != 0
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        assert f"sudo apt install python{version}-venv" in done.stderr
+        assert not (copy / ".venv").exists()
+
+    def test_one_that_was_cut_short_does_not_count(self, copy: Path) -> None:
+        """Here the dependencies cannot be fetched: each time it is tried again, in the environment made already."""
+        self.python(copy, "python3", lacking="no-such-thing")
+        first, second = self.install(copy), self.install(copy)
+        assert "making .venv" in first.stdout
+        assert "making .venv" not in second.stdout
+        for done in (first, second):
+            assert done.returncode != 0
+            assert "installing the dependencies" in done.stdout
+        assert not (copy / ".venv" / ".installed").exists()

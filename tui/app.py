@@ -127,9 +127,9 @@ class ControlCenter(App[None]):
         self.exit()
 
     def drop_screen(self) -> None:
-        """The terminal is gone: end the app without another byte to it, and keep serving."""
+        """SIGHUP: end the app, without another byte to a terminal that is gone, and keep serving."""
         if isinstance(self._driver, TerminalDriver):
-            self._driver.abandon()
+            self._driver.abandon_if_gone()
         self.leave("detach")
 
     def _handle_exception(self, error: Exception) -> None:

@@ -209,8 +209,14 @@ class TerminalDriver(LinuxDriver):
         except termios.error:
             self._lost()
 
-    def abandon(self) -> None:
-        """The terminal is gone: neither read it, nor write to it, nor wait for it."""
+    def abandon_if_gone(self) -> None:
+        """Where the terminal has hung up, neither read it, nor write to it, nor wait for it."""
+        try:
+            termios.tcgetattr(self.fileno)
+        except termios.error:
+            self._abandon()
+
+    def _abandon(self) -> None:
         self._gone = True
         self._output.abandon()
         self.attrs_before = None
@@ -289,8 +295,7 @@ class TerminalDriver(LinuxDriver):
             return b""
 
     def _lost(self) -> None:
-        self._gone = True
-        self._output.abandon()
+        self._abandon()
         drop = getattr(self._app, "drop_screen", self._app.exit)
         self._post(drop)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,23 @@ class Capability(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of a model's tensors, as they lie in its files. `layers` and `experts` have an entry for each block; a
+    block's experts are not in its `layers`."""
+
+    layers: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
+    embedding: int = 0  # of the input tokens
+    output: int = 0  # its norm alone where the embedding serves as output matrix too
+    other: int = 0
+    by_type: Mapping[str, int] = field(default_factory=dict)  # all but the embedding: {"Q4_K": 4_000_000_000}
+
+    @property
+    def total(self) -> int:
+        return sum(self.layers) + sum(self.experts) + self.embedding + self.output + self.other
+
+
+@dataclass(frozen=True, slots=True)
 class ModelDetails:
     """What a GGUF header says, in the form that APIs and panes show. `gguf.py` makes it."""
 
@@ -42,6 +59,9 @@ class ModelDetails:
     basename: str = ""
     capabilities: frozenset[Capability] = frozenset()
     metadata: Mapping[str, Any] | None = None  # every key/value but long arrays (None in their place)
+    weights: Weights = Weights()
+    vocabulary: int = 0  # tokens
+    merges: int = 0  # rules of a BPE tokenizer
 
 
 @dataclass(frozen=True)

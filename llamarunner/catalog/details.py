@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from llamarunner.catalog.catalog import Capability, ModelDetails
+from llamarunner.catalog.catalog import Capability, ModelDetails, Weights
 from llamarunner.catalog.gguf import Header, printable, read_header
 
 # llama.cpp's names of general.file_type
@@ -49,6 +50,7 @@ _FILE_TYPES = {
     41: "Q2_0",
 }
 _FILE_TYPE_GUESSED = 1024
+MAX_BLOCKS = 1000  # a damaged header may claim four billion
 
 
 def read_details(path: Path) -> ModelDetails:
@@ -76,7 +78,26 @@ def details_of(*headers: Header) -> ModelDetails:
         basename=printable(first.text("general.basename"), 128),
         capabilities=_capabilities(first),
         metadata=first.metadata,
+        weights=_weights(headers, first.number(f"{architecture}.block_count")),
+        vocabulary=first.lengths.get("tokenizer.ggml.tokens", 0) or first.number(f"{architecture}.vocab_size"),
+        merges=first.lengths.get("tokenizer.ggml.merges", 0),
     )
+
+
+def _weights(headers: Sequence[Header], blocks: int) -> Weights:
+    """Blocks past `block_count`, which llama.cpp does not load, count as other."""
+    groups: Counter[str] = Counter()
+    types: Counter[str] = Counter()
+    for header in headers:
+        for (group, kind), size in header.tensor_bytes.items():
+            groups[group] += size
+            if group != "token_embd":
+                types[kind] += size
+    blocks = min(blocks, MAX_BLOCKS)
+    layers = tuple(groups.pop(f"blk.{number}", 0) for number in range(blocks))
+    experts = tuple(groups.pop(f"blk.{number} experts", 0) for number in range(blocks))
+    embedding, output = groups.pop("token_embd", 0), groups.pop("output", 0)
+    return Weights(layers, experts, embedding, output, sum(groups.values()), dict(types))
 
 
 def _quantization(header: Header, parameters: Counter[str]) -> str:

@@ -7,12 +7,13 @@ against the file's size and against caps, and token lists are stepped over. What
 from __future__ import annotations
 
 import os
+import re
 import stat
 import struct
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,7 @@ MAX_STRING_BYTES = 16 * 1024**2
 MAX_NAME_BYTES = 65_535
 MAX_DEPTH = 4
 MAX_WALKED = 2_000_000  # strings and nested arrays stepped over one by one
-KEPT_ITEMS = 64  # of an array; a longer one is None in the metadata
+KEPT_ITEMS = 512  # of an array, which is as many as llama.cpp takes layers; a longer one is None in the metadata
 
 _WINDOW_BYTES = 256 * 1024
 _MAX_DIMENSIONS = 4
@@ -94,6 +95,8 @@ class Header:
     metadata: Mapping[str, Any]
     tensor_count: int
     parameters: Mapping[str, int]  # elements by tensor type: {"Q4_K": 7_000_000_000}
+    tensor_bytes: Mapping[tuple[str, str], int] = field(default_factory=dict)  # by group (see _group) and type
+    lengths: Mapping[str, int] = field(default_factory=dict)  # items of each array that is None in the metadata
 
     @property
     def architecture(self) -> str:
@@ -167,6 +170,10 @@ class _Cursor:
         values = layout.unpack_from(self._window, self._at)
         self._at += layout.size
         return values
+
+    def peek(self, layout: struct.Struct) -> tuple[Any, ...]:
+        self.need(layout.size)
+        return layout.unpack_from(self._window, self._at)
 
     def take(self, length: int) -> bytes:
         self.need(length)
@@ -244,16 +251,20 @@ def _parse(cursor: _Cursor) -> Header:
     if key_count > MAX_KEYS:
         raise _Damaged(f"damaged: it claims {key_count} keys")
     metadata: dict[str, Any] = {}
+    lengths: dict[str, int] = {}
     for _ in range(key_count):
         key = cursor.string(MAX_NAME_BYTES, "key")
         if key in metadata:
             raise _Damaged(f"damaged: the key {printable(key, 80)!r} is there twice")
         (code,) = cursor.read(_U32)
+        count = cursor.peek(_ARRAY_HEAD)[1] if code == _ARRAY else 0
         metadata[key] = _value(cursor, code, keep=not key.startswith("tokenizer."), depth=0)
+        if metadata[key] is None:
+            lengths[key] = count
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 2**31 or alignment & (alignment - 1):
         raise _Damaged("damaged: its alignment is not a power of two")
-    return Header(metadata, tensor_count, _read_tensors(cursor, tensor_count, alignment))
+    return Header(metadata, tensor_count, *_read_tensors(cursor, tensor_count, alignment), lengths)
 
 
 def _check_start(cursor: _Cursor) -> None:
@@ -306,10 +317,12 @@ def _value(cursor: _Cursor, code: int, *, keep: bool, depth: int) -> Any:
     return None
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, int]:
-    """Elements by type. Raises _Damaged where the data of a tensor would lie past the end of the file."""
+def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Elements by type, and bytes by group and type. Raises _Damaged where the data of a tensor would lie past the end
+    of the file."""
     cursor.check(count * 24)  # the least that describes a tensor
     parameters: Counter[str] = Counter()
+    sizes: Counter[tuple[str, str]] = Counter()
     names: set[str] = set()
     extent = 0  # of the data, in bytes
     for _ in range(count):
@@ -333,13 +346,32 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, int]
         type_name, block, block_bytes = _TENSOR_TYPES.get(code, (f"type {code}", 1, 0))
         if shape and shape[0] % block:
             raise _Damaged(f"damaged: a {type_name} tensor whose rows are not whole blocks")
-        extent = max(extent, offset + elements // block * block_bytes)
+        size = elements // block * block_bytes
+        extent = max(extent, offset + size)
         parameters[type_name] += elements
+        sizes[_group(name), type_name] += size
     if count:
         data_start = -(-cursor.offset // alignment) * alignment
         if data_start + extent > cursor.size:
             raise _Damaged(f"cut short: needs {data_start + extent} bytes, has {cursor.size}")
-    return dict(parameters)
+    return dict(parameters), dict(sizes)
+
+
+_EXPERTS = re.compile(r"ffn_\w+_exps\b")
+
+
+def _group(name: str) -> str:
+    """What a tensor is placed with: "blk.7", "blk.7 experts", "token_embd", "output" (with its norm), or "" for others.
+    Numbers past any real layer's are no group of their own, so that a hostile file makes few."""
+    first, _, rest = name.partition(".")
+    if first == "blk":
+        number, _, part = rest.partition(".")
+        if not number.isdecimal() or len(number) > 3:
+            return ""
+        return f"blk.{int(number)} experts" if _EXPERTS.match(part) else f"blk.{int(number)}"
+    if first in ("token_embd", "per_layer_token_embd"):
+        return "token_embd"
+    return "output" if first in ("output", "output_norm") else ""
 
 
 def printable(text: str, limit: int = 4096) -> str:

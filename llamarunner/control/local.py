@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +33,9 @@ from llamarunner.events import (
     RequestTrace,
     RunnerChanged,
 )
-from llamarunner.runners.manager import Residence, RunnerManager
+from llamarunner.runners.manager import RunnerManager
+from llamarunner.runners.outlook import Outlook
+from llamarunner.runners.place import Residence
 from llamarunner.telemetry.hardware import HardwareSample, HardwareSampler
 from llamarunner.telemetry.logs import LogBook
 from llamarunner.telemetry.requests import RequestLog
@@ -122,16 +124,17 @@ class LocalBackend:
             models=tuple(self._model_view(model, hardware) for model in catalog),
             gpus=gpu_views(hardware),
             host=host_view(hardware),
-            requests=tuple(map(request_view, self._newest_requests())),
+            requests=self._request_views(),
             log_sources=sources.logs.sources(),
             tokens_per_s=requests.tokens_per_s(),
             revisions=revisions,
         )
 
-    def _newest_requests(self) -> Iterable[RequestTrace]:
-        requests = self._sources.requests
+    def _request_views(self) -> tuple[RequestView, ...]:
+        requests, outlooks = self._sources.requests, self._sources.manager.outlooks()
         live = reversed(list(requests.live.values()))
-        return itertools.islice(itertools.chain(live, requests.finished), _MAX_REQUESTS)
+        newest = itertools.islice(itertools.chain(live, requests.finished), _MAX_REQUESTS)
+        return tuple(request_view(trace, outlooks.get(trace.request_id)) for trace in newest)
 
     def _model_view(self, model: Model, hardware: HardwareSample) -> ModelView:
         residence = self._sources.manager.residence(model.name)
@@ -234,7 +237,7 @@ def host_view(hardware: HardwareSample) -> HostView:
     )
 
 
-def request_view(trace: RequestTrace) -> RequestView:
+def request_view(trace: RequestTrace, outlook: Outlook | None = None) -> RequestView:
     now = trace.finished if trace.finished is not None else time.monotonic()
     granted = trace.granted if trace.granted is not None else now
     load_started = trace.load_started
@@ -260,6 +263,9 @@ def request_view(trace: RequestTrace) -> RequestView:
         prompt_tokens_per_s=trace.prompt_tokens_per_s,
         output_tokens_per_s=trace.output_tokens_per_s,
         bytes_out=trace.bytes_out,
+        position=outlook.position if outlook is not None else None,
+        waiting_for=outlook.reason if outlook is not None else "",
+        left_s=outlook.left_s if outlook is not None else None,
     )
 
 

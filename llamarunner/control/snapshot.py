@@ -107,6 +107,10 @@ class RequestView:
     prompt_tokens_per_s: float | None = None
     output_tokens_per_s: float | None = None
     bytes_out: int = 0
+    # while it waits
+    position: int | None = None  # 1 is next
+    waiting_for: str = ""  # "waiting for qwen3-32b: 2 answers running"
+    left_s: float | None = None  # an estimate of the wait
 
 
 @dataclass(frozen=True, slots=True)

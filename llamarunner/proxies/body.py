@@ -11,6 +11,14 @@ from llamarunner.errors import BodyTooLargeError, RequestError
 from llamarunner.units import format_size
 
 
+class QuotingError(RequestError):
+    """`message` quotes the request, for the client alone; `summary` quotes nobody, and may be kept."""
+
+    def __init__(self, message: str, *, summary: str) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
 async def read_body(request: web.Request) -> bytes:
     """The whole body. One that says it is too large is refused unread; one that turns out so, as soon as it has."""
     limit = request.client_max_size

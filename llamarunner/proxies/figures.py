@@ -6,13 +6,18 @@ from typing import Any
 
 from llamarunner.errors import EngineRefusalError, LlamaRunnerError
 from llamarunner.events import RequestTrace
+from llamarunner.proxies.body import QuotingError
 
 
 def loggable(error: LlamaRunnerError) -> str:
     """What may be kept of `error`: an engine quotes what it refuses, and that may be the prompt."""
-    if isinstance(error, EngineRefusalError):
-        return f"the engine refused it: status {error.status} {error.kind}".rstrip()
-    return str(error)
+    match error:
+        case EngineRefusalError(status=status, kind=kind):
+            return f"the engine refused it: status {status} {kind}".rstrip()
+        case QuotingError(summary=summary):
+            return summary
+        case _:
+            return str(error)
 
 
 def note_figures(trace: RequestTrace, answer: dict[str, Any]) -> None:

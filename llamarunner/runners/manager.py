@@ -12,10 +12,9 @@ import itertools
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import aiohttp
 
@@ -32,15 +31,14 @@ from llamarunner.errors import (
 )
 from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerState
 from llamarunner.runners.guardian import Guardian
-from llamarunner.runners.restarts import OPEN_AFTER, WINDOW_S, Restarts
+from llamarunner.runners.outlook import Outlook, outlooks
+from llamarunner.runners.place import Place, Residence, Waiter, not_yet
 from llamarunner.runners.runner import EngineLog, Runner
-from llamarunner.runners.scheduler import Drain, Facts, Load, Resident, Unload, Waiting, decide
-from llamarunner.units import format_duration
+from llamarunner.runners.scheduler import Drain, Facts, Load, Unload, Waiting, decide
 
 logger = logging.getLogger(__name__)
 
-_LOADING = (RunnerState.STARTING, RunnerState.LOADING)
-_RETRY_AFTER_S = 5.0  # told to clients that find the queue full
+_RETRY_AFTER_S = 5.0  # told to clients that are turned away, where nothing better is known
 _TIMER_SLACK_S = 0.002  # loops round timers to a millisecond; waking early would only mean waking again
 
 
@@ -52,44 +50,6 @@ class Lease:
     base_url: str
     headers: Mapping[str, str]  # what the engine wants to see on each request
     waited_s: float  # from asking to having it: queueing and loading
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    number: int
-    since: float
-    granted: asyncio.Future[Runner]
-    trace: RequestTrace | None
-    keep_alive_s: float | None
-
-
-@dataclass(slots=True, eq=False)
-class _Place:
-    """One model's place among the runners: its runner, who holds it and who waits for it."""
-
-    model: Model
-    runner: Runner | None = None
-    leases: int = 0
-    waiters: deque[_Waiter] = field(default_factory=deque)
-    keep_alive_s: float = 0.0
-    idle_since: float | None = None
-    restarts: Restarts = field(default_factory=Restarts)
-    failure: EngineError | None = None  # of the newest load or run, until the next one begins
-    failed_at: float = 0.0
-    stopping: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Residence:
-    """What may be told of a model's place: see `RunnerManager.residence`."""
-
-    runner: Runner | None
-    in_flight: int
-    queued: int
-    keep_alive_s: float
-    idle_left_s: float | None  # until it is unloaded for idleness; None while it is busy or not ready
-    failure: EngineError | None
-    failed_s: float  # since the failure
 
 
 class RunnerManager:
@@ -112,7 +72,7 @@ class RunnerManager:
         self._session = session
         self._log_for = log_for
         self._loop = asyncio.get_running_loop()
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake: asyncio.TimerHandle | None = None
@@ -135,28 +95,30 @@ class RunnerManager:
         asked = time.monotonic()
         place = self._place(model)
         runner = await self._grant(place, trace, keep_alive_s)
+        granted = time.monotonic()
         if trace is not None:
-            trace.granted = time.monotonic()
+            trace.granted = granted
             trace.phase = RequestPhase.PROMPT
         try:
             plan = runner.plan
             if plan is None:
                 raise EngineMissingError(f"{model.name} has no running engine")
-            yield Lease(runner, plan.base_url, plan.headers, time.monotonic() - asked)
+            yield Lease(runner, plan.base_url, plan.headers, granted - asked)
+            if trace is not None:
+                place.note_answer(time.monotonic() - granted)
         finally:
             self._release(place)
 
-    async def _grant(self, place: _Place, trace: RequestTrace | None, keep_alive_s: float | None) -> Runner:
+    async def _grant(self, place: Place, trace: RequestTrace | None, keep_alive_s: float | None) -> Runner:
         """One lease counted in `place`, now or when it is this waiter's turn."""
         if self._closing:
             raise OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
-        runner = place.runner
-        if runner is not None and runner.state is RunnerState.READY and not place.stopping:
+        if place.can_serve_now and place.runner is not None:
             self._count_lease(place, keep_alive_s)
-            return runner
+            return place.runner
         if sum(len(other.waiters) for other in self._places.values()) >= self._settings.max_queue:
-            raise OverloadedError("too many requests are waiting", retry_after_s=_RETRY_AFTER_S)
-        waiter = _Waiter(next(self._numbers), time.monotonic(), self._loop.create_future(), trace, keep_alive_s)
+            raise OverloadedError("too many requests are waiting", retry_after_s=self._retry_after_s())
+        waiter = Waiter(next(self._numbers), time.monotonic(), self._loop.create_future(), trace, keep_alive_s)
         place.waiters.append(waiter)
         self._mark_waiting(place, waiter)
         self._reconsider()
@@ -170,41 +132,42 @@ class RunnerManager:
                 self._release(place)
             raise
 
-    def _count_lease(self, place: _Place, keep_alive_s: float | None) -> None:
+    def _count_lease(self, place: Place, keep_alive_s: float | None) -> None:
         place.leases += 1
         place.idle_since = None
         if keep_alive_s is not None:
             place.keep_alive_s = keep_alive_s
         self._idle.clear()
 
-    def _release(self, place: _Place) -> None:
+    def _release(self, place: Place) -> None:
         place.leases -= 1
-        if place.runner is not None and place.runner.state is RunnerState.READY:
+        if place.is_ready and place.runner is not None:
             place.restarts.reset()
+            self._serve_waiters(place, place.runner)
         if place.leases == 0:
             place.idle_since = time.monotonic()
             if all(other.leases == 0 for other in self._places.values()):
                 self._idle.set()
         self._reconsider()
 
-    def _serve_waiters(self, place: _Place, runner: Runner) -> None:
-        while place.waiters:
+    def _serve_waiters(self, place: Place, runner: Runner) -> None:
+        """As many as its engine answers side by side; the rest when those have ended."""
+        while place.waiters and place.leases < place.slots:
             waiter = place.waiters.popleft()
             if not waiter.granted.done():
                 self._count_lease(place, waiter.keep_alive_s)
                 waiter.granted.set_result(runner)
 
-    def _refuse_waiters(self, place: _Place, error: Exception) -> None:
+    def _refuse_waiters(self, place: Place, error: Exception) -> None:
         while place.waiters:
             waiter = place.waiters.popleft()
             if not waiter.granted.done():
                 waiter.granted.set_exception(error)
 
-    def _mark_waiting(self, place: _Place, waiter: _Waiter) -> None:
+    def _mark_waiting(self, place: Place, waiter: Waiter) -> None:
         if waiter.trace is not None:
-            loading = place.runner is not None and place.runner.state in _LOADING
-            waiter.trace.phase = RequestPhase.LOADING if loading else RequestPhase.QUEUED
-            if loading:
+            waiter.trace.phase = RequestPhase.LOADING if place.is_loading else RequestPhase.QUEUED
+            if place.is_loading:
                 waiter.trace.load_started = time.monotonic()
 
     # -- commands ----------------------------------------------------------------------------------------------------
@@ -229,8 +192,8 @@ class RunnerManager:
             place.failure = None
             return
         runner = place.runner
-        if force or runner.state in _LOADING or place.leases == 0:
-            if runner.state in _LOADING:
+        if force or place.is_loading or place.leases == 0:
+            if place.is_loading:
                 self._refuse_waiters(place, LoadError(f"{model.name} was unloaded while it was loading"))
             self._stop(place, reason)
         else:
@@ -277,20 +240,15 @@ class RunnerManager:
     def residence(self, name: str) -> Residence | None:
         """Of the model of this name; None where it never was loaded."""
         place = self._places.get(name)
-        if place is None:
-            return None
-        now = time.monotonic()
-        resident = place.runner is not None and place.idle_since is not None
-        idle_left = max(0.0, self._resident(place).expires - now) if resident else None
-        return Residence(
-            runner=place.runner,
-            in_flight=place.leases,
-            queued=len(place.waiters),
-            keep_alive_s=math.inf if place.model.settings.pin else place.keep_alive_s,
-            idle_left_s=idle_left,
-            failure=place.failure,
-            failed_s=now - place.failed_at if place.failure else 0.0,
-        )
+        return None if place is None else place.residence(time.monotonic())
+
+    def outlooks(self) -> Mapping[int, Outlook]:
+        """What each waiting request may be told, by request id."""
+        return outlooks(list(self._places.values()), time.monotonic())
+
+    def _retry_after_s(self) -> float:
+        known = [outlook.left_s for outlook in self.outlooks().values() if outlook.left_s is not None]
+        return max(known, default=_RETRY_AFTER_S) or _RETRY_AFTER_S
 
     @property
     def pids(self) -> list[int]:
@@ -309,32 +267,19 @@ class RunnerManager:
 
     # -- acting on decisions -----------------------------------------------------------------------------------------
 
-    def _place(self, model: Model) -> _Place:
+    def _place(self, model: Model) -> Place:
         place = self._places.get(model.name)
         if place is None:
-            place = self._places[model.name] = _Place(model)
+            place = self._places[model.name] = Place(model)
         elif place.runner is None:
             place.model = model  # the catalogue may have a newer one; a running engine keeps what it was started with
         return place
-
-    def _resident(self, place: _Place) -> Resident:
-        runner = place.runner
-        assert runner is not None
-        return Resident(
-            model=place.model.name,
-            state=RunnerState.STOPPING if place.stopping else runner.state,
-            leases=place.leases,
-            waiters=len(place.waiters),
-            pinned=place.model.settings.pin,
-            idle_since=place.idle_since,
-            keep_alive_s=place.keep_alive_s,
-        )
 
     def _facts(self) -> Facts:
         waiting = sorted((p for p in self._places.values() if p.waiters), key=lambda p: p.waiters[0].number)
         return Facts(
             now=time.monotonic(),
-            residents=[self._resident(place) for place in self._places.values() if place.runner is not None],
+            residents=[place.resident() for place in self._places.values() if place.runner is not None],
             waiting=[Waiting(place.model.name, place.waiters[0].since) for place in waiting],
             max_loaded=self._settings.max_loaded,
             max_wait_s=self._settings.max_wait,
@@ -372,11 +317,11 @@ class RunnerManager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _start(self, place: _Place) -> None:
+    def _start(self, place: Place) -> None:
         model = place.model
         engine = self._engines.get(model.settings.engine)
         if place.failure is not None and (wait_s := place.restarts.wait_s(time.monotonic())) > 0:
-            self._refuse_waiters(place, _not_yet(place.failure, wait_s, place.restarts.is_open(time.monotonic())))
+            self._refuse_waiters(place, not_yet(place.failure, wait_s, place.restarts.is_open(time.monotonic())))
             return
         place.failure = None
         if engine is None:
@@ -401,7 +346,7 @@ class RunnerManager:
                 waiter.trace.load_started = now
         self._own(self._bring_up(place, runner), f"load {model.name}")
 
-    async def _bring_up(self, place: _Place, runner: Runner) -> None:
+    async def _bring_up(self, place: Place, runner: Runner) -> None:
         try:
             await runner.start()
         except EngineError as error:
@@ -414,28 +359,29 @@ class RunnerManager:
                 place, runner, EngineError(f"loading {place.model.name} failed", hint="the log has the details")
             )
         else:
+            place.load_s = runner.load_s
             place.idle_since = time.monotonic()
             self._serve_waiters(place, runner)
         self._reconsider()
 
-    def _give_up(self, place: _Place, runner: Runner, error: EngineError) -> None:
+    def _give_up(self, place: Place, runner: Runner, error: EngineError) -> None:
         if place.runner is runner and not place.stopping:  # else whoever stops it tidies up
             place.runner = None
             self._fail(place, error)
 
-    def _fail(self, place: _Place, error: EngineError) -> None:
+    def _fail(self, place: Place, error: EngineError) -> None:
         place.failure = error
         place.failed_at = time.monotonic()
         if isinstance(error, LoadError | EngineGoneError):  # others cost nothing to find out again
             place.restarts.failed(place.failed_at)
         self._refuse_waiters(place, error)
 
-    def _stop(self, place: _Place, reason: str) -> None:
+    def _stop(self, place: Place, reason: str) -> None:
         if place.runner is not None and not place.stopping:
             place.stopping = True
             self._own(self._take_down(place, place.runner, reason), f"unload {place.model.name}")
 
-    async def _take_down(self, place: _Place, runner: Runner, reason: str) -> None:
+    async def _take_down(self, place: Place, runner: Runner, reason: str) -> None:
         try:
             await runner.stop(reason)
         finally:
@@ -455,18 +401,3 @@ class RunnerManager:
                 place.failed_at = time.monotonic()
                 place.restarts.failed(place.failed_at)
             self._reconsider()
-
-
-def _not_yet(failure: EngineError, wait_s: float, is_open: bool) -> EngineError:
-    """The failure again, and when the next try is."""
-    if is_open:
-        often = f"it failed {OPEN_AFTER} times within {format_duration(WINDOW_S)}"
-        again = f"{often} and is left alone for {format_duration(wait_s)}, or until it is loaded by hand"
-    else:
-        again = f"the next try is in {format_duration(wait_s)}"
-    hint = f"{failure.hint}; {again}" if failure.hint else again
-    if isinstance(failure, LoadError):
-        return LoadError(
-            failure.message, hint=hint, cause=failure.cause, exit_code=failure.exit_code, log_tail=failure.log_tail
-        )
-    return EngineError(failure.message, hint=hint)

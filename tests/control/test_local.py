@@ -13,7 +13,8 @@ from llamarunner.control.local import LocalBackend, Sources, gpu_views, model_vi
 from llamarunner.control.snapshot import RequestPhase, RunnerState
 from llamarunner.errors import LoadError, PortTakenError
 from llamarunner.events import EventBus, ProxyChanged, RequestFinished, RequestStarted, RequestTrace, RunnerChanged
-from llamarunner.runners.manager import Residence
+from llamarunner.runners.outlook import Outlook
+from llamarunner.runners.place import Residence
 from llamarunner.telemetry.gpus import GpuSample
 from llamarunner.telemetry.hardware import HardwareSample, HardwareSampler, HostSample, ProcessSample
 from llamarunner.telemetry.logs import LogBook
@@ -97,6 +98,8 @@ def test_a_request_that_waits_counts_up() -> None:
     view = request_view(trace)
     assert 5 <= view.queue_s < 6
     assert (view.load_s, view.ttft_s) == (None, None)
+    told = request_view(trace, Outlook(3, "waiting for room: qwen (1 answer running)", 12.0))
+    assert (told.position, told.waiting_for, told.left_s) == (3, "waiting for room: qwen (1 answer running)", 12.0)
 
 
 def test_a_card_that_says_nothing_of_its_memory_is_shown_all_the_same() -> None:
@@ -107,6 +110,9 @@ def test_a_card_that_says_nothing_of_its_memory_is_shown_all_the_same() -> None:
 class Manager:
     def residence(self, _name: str) -> None:
         return None
+
+    def outlooks(self) -> dict[int, Outlook]:
+        return {}
 
 
 class Proxy:

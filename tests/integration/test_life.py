@@ -150,7 +150,7 @@ async def test_swapping_loses_no_answer(run_service: RunService) -> None:
         assert [(status, answer["message"]["content"]) for status, answer in answers] == [
             (200, name) for name in "abababab"
         ]
-        assert serving.starts == ["a", "b"], "A B A B is served A A B B"
+        assert sorted(serving.starts) == ["a", "b"], "A B A B is served A A B B"
         async with streaming(serving, "a") as under_way:
             waiting = asyncio.create_task(chat(serving, "b"))
             assert b'"done":true' in (await under_way.read()).splitlines()[-1]
@@ -275,13 +275,27 @@ async def test_a_disabled_proxy_is_not_bound(run_service: RunService) -> None:
         assert (await chat(serving))[0] == 200
 
 
+async def test_without_a_name_the_one_loaded_model_is_meant(run_service: RunService) -> None:
+    async with run_service({"a": {}, "b": {}}, scheduler={"max_loaded": 2}) as serving:
+        async with aiohttp.ClientSession(serving.lmstudio) as session:
+            nothing = "No models loaded. Please load a model in the developer page or use the `lms load` command."
+            for load, words in (("", nothing), ("a", ""), ("b", "Multiple models are loaded.")):
+                if load:
+                    assert (await chat(serving, load))[0] == 200
+                async with session.post("/v1/chat/completions", json={"messages": HI}) as answer:
+                    assert answer.status == (404 if words else 200)
+                    if words:
+                        assert (await answer.json())["error"]["message"].startswith(words)
+        assert len(serving.scripts["a"].requests()) == 2
+
+
 # --- models and engines that fail -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "missing"), (b"", ""), (b"GGUF" + bytes(20), ""), (b"<html>404</html>" * 10, "GGUF"),
+        (None, "no such file"), (b"", ""), (b"GGUF" + bytes(20), ""), (b"<html>404</html>" * 10, "GGUF"),
         (b"GGUF\x03\0\0\0" + b"\xff" * 16, ""),
     ],
     ids=["missing", "empty", "cut", "html", "absurd"],
@@ -344,7 +358,11 @@ async def test_an_engine_that_does_not_come_up(
                 assert "smol could not be loaded" in (await response.json())["error"]["message"]
         assert time.monotonic() - begun < 15
         serving.script.set()
-        assert (await chat(serving))[0] == 200, "once it is mended, it works"
+        status, answer = await chat(serving)
+        assert status == 500
+        assert "the next try is in" in answer["error"], "a model that keeps failing is not tried at each request"
+        await serving.service.manager.load(serving.service.catalog.find("smol"))
+        assert (await chat(serving))[0] == 200, "once it is mended and loaded by hand, it works"
 
 
 async def test_a_missing_engine_is_told(run_service: RunService) -> None:
@@ -370,4 +388,6 @@ async def test_a_killed_engine_is_replaced(run_service: RunService) -> None:
         assert serving.starts == ["smol", "smol"]
         (pid,) = serving.service.manager.pids
         os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222  # the loop must not hear of it yet
         assert (await chat(serving))[0] == 200, "one that died idle is replaced unseen"
+        assert serving.starts == ["smol"] * 3

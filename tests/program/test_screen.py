@@ -17,7 +17,7 @@ import psutil
 import pytest
 from running_program import Home, eventually, smollm2
 
-from tests.fakes.pty import Terminal
+from tests.fakes.terminal import Terminal
 
 
 @pytest.fixture

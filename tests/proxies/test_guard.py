@@ -56,6 +56,7 @@ def test_listening_everywhere_admits_addresses_but_no_foreign_names() -> None:
         ("vscode-webview://x", True), ("https://chat.example", True), ("https://evil.com", False),
         ("http://localhost.evil.com", False), ("null", False), ("https://chat.example.evil.com", False),
         ("http://chat.example", False), ("", False), ("chrome-extension://abc", False),
+        ("http://[::1", False), ("http://localhost@evil.com", False),
     ],
 )  # fmt: skip
 def test_origins(origin: str, admitted: bool) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llamarunner.errors import EngineGoneError
 from llamarunner.proxies import sse
-from llamarunner.proxies.sse import EventSplitter
+from llamarunner.proxies.sse import EventSplitter, WholeLines
 
 STREAM = (
     b': ping\n\ndata: {"a":"\xc3\xa9\xe4\xb8\xad"}\n\nevent: error\r\ndata: {"b":2}\r\n\r\n'
@@ -39,3 +39,20 @@ def test_an_event_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     splitter.feed(b"x" * 1000)
     with pytest.raises(EngineGoneError):
         splitter.feed(b"x")
+
+
+@given(st.lists(st.binary(max_size=6) | st.sampled_from([b"\n", b"a\nb", b"data: x\n\n"]), max_size=12))
+def test_lines_pass_whole(blocks: list[bytes]) -> None:
+    lines = WholeLines()
+    passed = [lines.feed(block) for block in blocks]
+    assert all(not block or block.endswith(b"\n") for block in passed)
+    sent = b"".join(blocks)
+    assert b"".join(passed) == sent[: sent.rfind(b"\n") + 1]
+
+
+def test_a_line_without_end_is_not_held_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 1000)
+    lines = WholeLines()
+    assert lines.feed(b"x" * 1000) == b""
+    with pytest.raises(EngineGoneError):
+        lines.feed(b"x")

@@ -17,7 +17,8 @@ from llamarunner.config.schema import ModelSettings, SchedulerConfig
 from llamarunner.errors import EngineError, EngineMissingError, LoadError, OverloadedError, UnsupportedError
 from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerChanged, RunnerState
 from llamarunner.runners.guardian import Guardian
-from llamarunner.runners.manager import Residence, RunnerManager
+from llamarunner.runners.manager import RunnerManager
+from llamarunner.runners.place import Residence
 
 
 class Stage:
@@ -152,7 +153,7 @@ async def test_a_steady_stream_on_one_model_does_not_starve_another(make_stage: 
 
     await use(stage, a)
     streams = [asyncio.create_task(stream()) for _ in range(3)]
-    await soon(lambda: stage.at("a").in_flight == 3)
+    await soon(lambda: (stage.at("a").in_flight, stage.at("a").queued) == (2, 1))  # its engine has two slots
     async with asyncio.timeout(10):
         await use(stage, b)
     assert any(reason.startswith("makes room for b") for reason in stage.reasons("a"))
@@ -336,6 +337,50 @@ async def test_an_engine_that_dies_is_loaded_again_by_the_next_request(make_stag
     assert stage.at("a").runner is None
     await use(stage, model)
     assert stage.spawns("a") == 2
+
+
+async def test_no_more_go_to_an_engine_than_it_has_slots(make_stage: Any) -> None:
+    """And those who came first go first, also before one that comes when a slot is just free."""
+    stage = make_stage()
+    model = stage.model("a")
+    order: list[int] = []
+    most = 0
+
+    async def request(number: int) -> None:
+        nonlocal most
+        async with stage.manager.acquire(model, RequestTrace("ollama", "/api/chat", "")):
+            order.append(number)
+            most = max(most, stage.at("a").in_flight)
+            await asyncio.sleep(0.02)
+
+    await stage.manager.load(model)
+    async with asyncio.TaskGroup() as group:
+        for number in range(10):
+            group.create_task(request(number))
+            await asyncio.sleep(0)
+    assert most == 2
+    assert order == list(range(10))
+
+
+async def test_who_waits_is_told_for_what_and_how_long(make_stage: Any) -> None:
+    stage = make_stage(max_loaded=1)
+    a, b = stage.model("a", load_s=0.1), stage.model("b", load_s=0.1)
+    async with stage.manager.acquire(a, RequestTrace("ollama", "/api/chat", "")):
+        pass
+    hold = asyncio.Event()
+    traces = [RequestTrace("ollama", "/api/chat", "") for _ in range(4)]
+    holders = [asyncio.create_task(use(stage, a, hold, trace=trace)) for trace in traces[:3]]
+    other = asyncio.create_task(use(stage, b, trace=traces[3]))
+    await soon(lambda: len(stage.manager.outlooks()) == 2)
+    found = stage.manager.outlooks()
+    third, fourth = found[traces[2].request_id], found[traces[3].request_id]
+    assert (third.position, third.reason) == (1, "waiting for a: 2 answers running")
+    assert third.left_s is not None
+    assert (fourth.position, fourth.reason) == (2, "waiting for room: a (2 answers running)")
+    assert fourth.left_s is None, "b was never loaded: nobody knows how long that takes"
+    hold.set()
+    await asyncio.gather(*holders, other)
+    assert stage.manager.outlooks() == {}
 
 
 async def test_a_full_queue_refuses(make_stage: Any) -> None:

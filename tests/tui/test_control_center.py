@@ -479,6 +479,27 @@ async def test_a_crash_is_an_outcome(caplog: pytest.LogCaptureFixture) -> None:
     assert "the control center crashed" in caplog.text
 
 
+@pytest.mark.parametrize("where", ["render", "key"])
+async def test_a_crash_anywhere_is_an_outcome(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = ControlCenter(FakeBackend.of("busy"), ControlCenterSettings())
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError(where)
+
+    async def act(pilot: Pilot[None]) -> None:
+        if where == "render":
+            monkeypatch.setattr(app.main.header, "render_line", broken)
+            app.main.header.refresh()
+        else:
+            monkeypatch.setattr(app.main, "action_zoom", broken)
+            await pilot.press("z")
+
+    async with asyncio.timeout(10):
+        await app.run_async(headless=True, size=(80, 24), auto_pilot=act)
+    assert app.outcome == "crashed"
+    assert f"ZeroDivisionError: {where}" in app.crash
+
+
 async def test_the_loop_keeps_its_task_factory() -> None:
     loop = asyncio.get_running_loop()
     before = loop.get_task_factory()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.pty import KEY, Terminal
+from tests.fakes.terminal import KEY, Terminal
 
 FAKE = str(Path(__file__).parents[1] / "fakes" / "fake_backend.py")
 WORST_STALL_MS = 250.0
@@ -175,6 +175,16 @@ def test_a_hang_up_that_nobody_is_told_of_is_noticed(opened: Open, outcome: Call
         terminal.wait_until(lambda: outcome().startswith("detach"), "detach")
         terminal.signal(signal.SIGTERM)
         assert terminal.wait() == 0
+
+
+def test_a_hang_up_by_hand_gives_the_living_terminal_back(opened: Open, outcome: Callable[[], str]) -> None:
+    terminal = opened("live")
+    terminal.wait_for("2 Models")
+    terminal.signal(signal.SIGHUP)
+    terminal.wait_until(lambda: outcome().startswith("detach"), "detach")
+    terminal.wait_until(lambda: "\x1b[?1049l" in terminal.written, "normal screen")
+    assert terminal.local_modes() & termios.ECHO
+    assert terminal.is_running
 
 
 def test_leaving_by_signal_restores_the_terminal(opened: Open) -> None:

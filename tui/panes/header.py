@@ -66,6 +66,7 @@ def header_line(snapshot: Snapshot, width: int) -> Line:
     profile: list[Span] = [(f" · {plain(snapshot.profile)}", "muted")] if snapshot.profile else []
     stopping: list[Span] = [("  ◌ stopping", "warn")] if snapshot.stopping else []
     proxies = [span for proxy in snapshot.proxies for span in _proxy_spans(proxy, wide)]
+    ports = [span for proxy in snapshot.proxies for span in _port_spans(proxy)]
     live = [request for request in snapshot.requests if words.is_live(request)]
     waiting = sum(request.phase in (RequestPhase.QUEUED, RequestPhase.LOADING) for request in live)
     flight: list[Span] = [(f"{len(live)}", "accent-strong" if live else "muted"), (" in flight", "muted")]
@@ -83,6 +84,8 @@ def header_line(snapshot: Snapshot, width: int) -> Line:
         (name + version + stopping + proxies, flight + rate + uptime),
         (name + stopping + proxies, flight + rate),
         (name + stopping + proxies, flight),
+        (name + stopping + ports, flight[:2]),
+        (name + stopping + ports, []),
         (name + stopping, flight),
     ):
         gap = width - 1 - sum(cell_len(text) for text, _ in left + right)
@@ -105,3 +108,10 @@ def _proxy_spans(proxy: ProxyView, wide: bool) -> list[Span]:
     if proxy.running:
         return [("   ● ", "good"), (title, ""), (where, "strong"), (" up" if wide else "", "good")]
     return [("   ✗ ", "bad-strong"), (title, ""), (where, "strong"), (" down", "bad-strong")]
+
+
+def _port_spans(proxy: ProxyView) -> list[Span]:
+    """The shortest form: state and port."""
+    if not proxy.enabled:
+        return []
+    return [("  ●", "good") if proxy.running else ("  ✗", "bad-strong"), (f" {proxy.port}", "")]

@@ -19,6 +19,7 @@ class Pane(LineView, can_focus=True):
     def __init__(self, *, ascii_only: bool = False) -> None:
         super().__init__(id=self.TITLE.lower(), ascii_only=ascii_only)
         self.snapshot: Snapshot | None = None
+        self.tab = ""  # title of the pane that could be in this one's place
         self.add_class("pane")
 
     def show(self, snapshot: Snapshot) -> None:
@@ -34,14 +35,19 @@ class Pane(LineView, can_focus=True):
 
     def draw(self, width: int, height: int) -> Sequence[Line]:
         body = self.body(width, height - 1)  # first: the notes may tell of it
-        return [title_line(f"{self.NUMBER} {self.TITLE}", *self.notes(), width=width, focus=self.has_focus), *body]
+        title = title_line(self.title_text, *self.notes(), width=width, focus=self.has_focus, tab=self.tab)
+        return [title, *body]
+
+    @property
+    def title_text(self) -> str:
+        return f"{self.NUMBER} {self.TITLE}"
 
     def watch_has_focus(self, has_focus: bool) -> None:
         super().watch_has_focus(has_focus)
         self.repaint()
 
 
-def title_line(title: str, note: str, right: str, *, width: int, focus: bool) -> Line:
+def title_line(title: str, note: str, right: str, *, width: int, focus: bool, tab: str = "") -> Line:
     rule, rule_style = ("━", "focus") if focus else ("─", "rule")
     if cell_len(title) + cell_len(note) + cell_len(right) + 12 > width:
         right = fit(right, max(0, width - cell_len(title) - 8)).rstrip() if not note else ""
@@ -50,5 +56,7 @@ def title_line(title: str, note: str, right: str, *, width: int, focus: bool) ->
     if note:
         spans.append((f" {note} ", "muted"))
     tail: list[Span] = [(f" {right} ", "accent"), (rule, rule_style)] if right else []
+    if tab and sum(cell_len(text) for text, _ in (*spans, *tail)) + cell_len(tab) + 4 <= width:
+        tail += [(f" {tab} ", "muted"), (rule, rule_style)]
     used = sum(cell_len(text) for text, _ in (*spans, *tail))
     return Line((*spans, (rule * max(0, width - used), rule_style), *tail))

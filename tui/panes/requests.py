@@ -18,7 +18,7 @@ class RequestsPane(TablePane):
     NUMBER, TITLE = 3, "Requests"
     COLUMNS = (
         Column("state", "STATUS", 11),
-        Column("client", "CLIENT", 13, priority=5, most=21),
+        Column("client", "CLIENT", 15, priority=5, most=21),
         Column("dialect", "DIALECT", 8, priority=3),
         Column("model", "MODEL", 20, most=34),
         Column("queue", "QUEUE", 5, "right", 6),

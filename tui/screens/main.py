@@ -140,6 +140,8 @@ class MainScreen(Screen[None]):
         self.troubles.show(self.center.snapshot, width, allowed=not tiny)
         self._hardware_rows, self._models_rows = self.hardware.compact_rows(), self.models.wanted_height()
         compact = mode is layout.Mode.COMPACT and not self.zoomed
+        self.requests.tab = self.logs.title_text if compact else ""
+        self.logs.tab = self.requests.title_text if compact else ""
         self.top.styles.height = "auto" if compact else None
         self.hardware.styles.height = min(self._hardware_rows, max(3, height // 4)) if compact else None
         self.models.styles.height = min(self._models_rows, height * 11 // 24) if compact else None

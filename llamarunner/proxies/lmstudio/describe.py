@@ -8,7 +8,7 @@ from typing import Any
 from llamarunner import __version__
 from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.events import RunnerState
-from llamarunner.runners.manager import Residence
+from llamarunner.runners.place import Residence
 
 _STATES = {
     RunnerState.STARTING: "loading",

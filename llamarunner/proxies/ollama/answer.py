@@ -193,7 +193,7 @@ def _tool_call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         arguments = None
     if not isinstance(arguments, dict):
-        raise EngineError(f"the model called '{call['name']}' with arguments that are not a JSON object")
+        raise EngineError("the model called a tool with arguments that are not a JSON object")
     function = {"index": index, "name": call["name"], "arguments": arguments}
     return {"id": call["id"], "function": function} if call["id"] else {"function": function}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.events import RunnerState
-from llamarunner.runners.manager import Residence
+from llamarunner.runners.place import Residence
 
 _FOREVER = timedelta(days=292 * 365)  # Ollama's "never": what its int64 of nanoseconds can hold
 _HIDDEN_METADATA = ("general.name", "tokenizer.chat_template")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,7 +130,7 @@ def _data_uri(image: str) -> str:
         return image
     try:
         head = base64.b64decode(image[:16] + "=" * (-len(image[:16]) % 4))
-    except binascii.Error:
+    except ValueError:  # binascii.Error for a wrong length, its parent for what is not ASCII
         raise RequestError("illegal base64 data in field images") from None
     kind = next((kind for magic, kind in _IMAGE_TYPES.items() if head.startswith(magic)), "")
     if not kind:

@@ -10,7 +10,7 @@ import orjson
 
 from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.errors import RequestError, UnsupportedError
-from llamarunner.proxies.body import json_kind
+from llamarunner.proxies.body import QuotingError, json_kind
 from llamarunner.proxies.ollama.errors import OptionError
 from llamarunner.units import parse_duration
 
@@ -93,7 +93,7 @@ def keep_alive_s(value: Any) -> float | None:
             try:
                 seconds = parse_duration(value)
             except ValueError as error:
-                raise RequestError(str(error)) from None
+                raise QuotingError(str(error), summary="keep_alive is no duration") from None
         case _:
             raise RequestError(f"Unsupported type: '{json_kind(value)}'")
     return math.inf if seconds < 0 else seconds
@@ -110,7 +110,8 @@ def response_format(value: Any) -> dict[str, Any] | None:
             return {"type": "json_schema", "json_schema": {"name": "schema", "schema": value}}
         case _:
             shown = orjson.dumps(value).decode()
-            raise RequestError(f'invalid format: {shown}; expected "json" or a valid JSON Schema object')
+            message = f'invalid format: {shown}; expected "json" or a valid JSON Schema object'
+            raise QuotingError(message, summary="invalid format")
 
 
 def template_kwargs(think: Any, model: Model, asked_name: str) -> dict[str, Any] | None:
@@ -127,4 +128,5 @@ def template_kwargs(think: Any, model: Model, asked_name: str) -> dict[str, Any]
             raise UnsupportedError(f'"{asked_name}" does not support thinking')
         return {"enable_thinking": True, "reasoning_effort": think}
     shown = orjson.dumps(think).decode()
-    raise RequestError(f'invalid think value: {shown} (must be "high", "medium", "low", "max", true, or false)')
+    message = f'invalid think value: {shown} (must be "high", "medium", "low", "max", true, or false)'
+    raise QuotingError(message, summary="invalid think value")
