@@ -181,6 +181,10 @@ def _of_request(request: RequestView) -> list[Fact]:
     facts: list[Fact] = [("status", state, style)]
     if request.error:
         facts.append(("error", request.error, "bad-strong"))
+    if request.waiting_for:
+        left = f", about {words.duration(request.left_s)} yet" if request.left_s is not None else ""
+        facts.append(("turn", f"number {request.position}{left}", "warn"))
+        facts.append(("", request.waiting_for, "warn"))
     speed = words.rate(request.output_tokens_per_s)
     prompt = words.rate(request.prompt_tokens_per_s)
     cached = f", {request.cached_tokens} of them cached" if request.cached_tokens else ""
