@@ -1,7 +1,7 @@
 """Estimated against measured memory: starts the built-in engine with real and made-up models and prints a table.
 
-`python bench/estimates.py` takes some minutes. `after load` is the process's RSS once it is healthy, `in use` once it has
-answered a prompt longer than a batch, which is what an estimate should foresee."""
+`python bench/estimates.py` takes some minutes. `after load` is the process's RSS once it is healthy, `in use` once it
+has answered a prompt longer than a batch, which is what an estimate should foresee."""
 
 from __future__ import annotations
 

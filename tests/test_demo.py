@@ -92,7 +92,7 @@ def test_a_taken_port_is_named_and_the_printed_lines_work(tmp_path: Path) -> Non
         assert f":{taken[2]}/" in chat
         assert json.loads(run(embeddings))["data"][0]["embedding"]
         assert run(ask).strip()
-        assert "1" in run(client)
+        assert run(client).strip()
         assert json.loads(run(chat).splitlines()[-1])["done"] is True
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from llamarunner.catalog.catalog import Catalog, Model, name_key
+from llamarunner.catalog.catalog import Capability, Catalog, Model, ModelDetails, name_key
 from llamarunner.catalog.details import details_of
 from llamarunner.catalog.gguf import Header, printable, read_header
 from llamarunner.catalog.projectors import pair
-from llamarunner.config.schema import Config, ModelSettings
+from llamarunner.config.schema import Config, ModelConfig, ModelSettings
 from llamarunner.errors import ModelFileError
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ MAX_FILES = 10_000  # GGUF files looked at; more are left out with a warning
 MAX_FOLDERS = 50_000  # folders looked into, in case a folder such as / is given
 
 _SUFFIX = ".gguf"
+_ASSUMED = frozenset({Capability.COMPLETION, Capability.TOOLS})  # of a model that is no GGUF file
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<total>\d{5})\.gguf", re.IGNORECASE)
 _UNFINISHED_STEM = re.compile(r"\.(part|partial|incomplete|crdownload|tmp)$", re.IGNORECASE)
 _UNFINISHED_BESIDE = (".aria2", ".part", ".incomplete")  # left beside a file by the downloader that still writes it
@@ -95,10 +96,7 @@ class _Files:
 
 def discover(config: Config) -> Catalog:
     """The configuration's models under their tables' names, then each folder's under their files' names."""
-    models = [
-        _describe(name, settings.path, settings, mmproj=settings.mmproj, aliases=tuple(settings.aliases))
-        for name, settings in config.models.items()
-    ]
+    models = [_configured(name, settings, config) for name, settings in config.models.items()]
     taken = {name_key(name) for model in models for name in (model.name, *model.aliases)}
     files_taken = {_identity(model.path) for model in models} - {None}
     files = _Files()
@@ -106,6 +104,18 @@ def discover(config: Config) -> Catalog:
         for folder, names in files.below(root):
             models += _in_folder(folder, names, root, config.defaults, taken, files_taken)
     return Catalog(models)
+
+
+def _configured(name: str, settings: ModelConfig, config: Config) -> Model:
+    engine, aliases = config.engines.get(settings.engine), tuple(settings.aliases)
+    if engine is None or engine.reads_gguf:
+        return _describe(name, settings.path, settings, mmproj=settings.mmproj, aliases=aliases)
+    if settings.path.is_absolute() and settings.path.suffix.lower() == _SUFFIX:
+        found = _describe(name, settings.path, settings, aliases=aliases)
+        if not found.problem:
+            return found
+    # a folder, or a name that its engine understands: only the engine can tell what it is
+    return Model(name, settings.path, settings, details=ModelDetails(capabilities=_ASSUMED), aliases=aliases)
 
 
 def _in_folder(

@@ -6,12 +6,16 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from llamarunner.config.keys import nearest_hint
 from llamarunner.config.positions import KeyPath
-from llamarunner.config.schema import Config, ModelConfig, ProxyConfig, is_loopback
+from llamarunner.config.schema import PLACEHOLDERS, Config, EngineConfig, ModelConfig, ProxyConfig, is_loopback
 
 Finding = tuple[KeyPath, str]
+
+_EMPTY_COMMAND = "is empty; write the name or path of a program, or leave the key out"
+_NO_URL = 'is missing; write the server\'s address, such as "http://192.168.1.30:8080"'
 
 
 def broken_rules(config: Config) -> Iterator[Finding]:
@@ -27,12 +31,22 @@ def broken_rules(config: Config) -> Iterator[Finding]:
 
 def missing_files(config: Config) -> Iterator[Finding]:
     for name, model in config.models.items():
+        engine = config.engines.get(model.engine)
+        if engine is not None and not engine.reads_gguf:
+            yield from _missing_anything(name, model)
+            continue
         for key in ("path", "mmproj"):
             path = getattr(model, key)
             if path is None or os.path.isfile(path):  # pathlib's own raises for a folder we may not look into
                 continue
             what = "this is a folder; name the .gguf file in it" if os.path.isdir(path) else "there is no such file"
             yield ("models", name, key), f"{what}: {path}"
+
+
+def _missing_anything(name: str, model: ModelConfig) -> Iterator[Finding]:
+    """A relative path is a name, and not of a file."""
+    if model.path.is_absolute() and not os.path.exists(model.path):
+        yield ("models", name, "path"), f"there is no such file or folder: {model.path}"
 
 
 def _names(config: Config) -> Iterator[Finding]:
@@ -65,8 +79,78 @@ def _engines(config: Config) -> Iterator[Finding]:
             message = f'there is no engine "{model.engine}"; {nearest_hint(model.engine, list(config.engines))}'
             yield (*path, "engine"), message
     for name, engine in config.engines.items():
-        if not engine.command.strip():
-            yield ("engines", name, "command"), "is empty; write the name or path of a program, or leave the key out"
+        for key, message in _engine(engine):
+            yield ("engines", name, key), message
+        if engine.is_remote and engine.url is not None and _is_ourselves(engine.url, config):
+            yield ("engines", name, "url"), "is this program's own address; name another server's"
+
+
+def _engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    if not engine.command.strip():
+        yield "command", _EMPTY_COMMAND
+    if engine.api_key is not None and not _can_be_header(engine.api_key.get_secret_value()):
+        yield "api_key", "a key of visible ASCII characters is wanted; write one, or leave it out"
+    if engine.is_remote:
+        problem = _NO_URL if engine.url is None else url_problem(engine.url)
+        if problem:
+            yield "url", problem
+        return
+    if engine.url is not None:
+        yield "url", f'only an engine of kind "remote" has one, and this one is of kind "{engine.kind}"'
+    if engine.kind == "command":
+        yield from _command_engine(engine)
+    else:
+        for key, texts in (("args", engine.args), ("env", list(engine.env.values()))):
+            if names := _placeholders(texts):
+                yield key, f'${{{names[0]}}} is filled in for engines of kind "command" alone'
+
+
+def _command_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    if "command" not in engine.model_fields_set:
+        yield "command", 'is missing; write the name or path of the program, such as "vllm"'
+    in_args = _placeholders(engine.args)
+    if "api_key" in in_args:
+        yield "args", "every user of this machine can read a program's arguments; hand ${api_key} over in `env`"
+    if "port" not in in_args + _placeholders(list(engine.env.values())):
+        yield "args", 'the server must be told its port; write it as ${port}, such as ["--port", "${port}"]'
+    if not engine.health.startswith("/") or not engine.health.isascii() or not engine.health.isprintable():
+        yield "health", 'the path of an address is wanted, such as "/health"'
+
+
+def _is_ourselves(url: str, config: Config) -> bool:
+    """As far as the address alone can tell: our models would be listed as that server's, and theirs again as ours."""
+    if url_problem(url):
+        return False
+    parts = urlsplit(url)
+    ours = {proxy.port for proxy in (config.proxies.ollama, config.proxies.lmstudio) if proxy.enabled}
+    return parts.port in ours and is_loopback(parts.hostname or "")
+
+
+def _placeholders(texts: list[str]) -> list[str]:
+    return [name for name in PLACEHOLDERS if any(f"${{{name}}}" in text for text in texts)]
+
+
+def _can_be_header(key: str) -> bool:
+    return bool(key) and key.isascii() and key.isprintable() and " " not in key
+
+
+def url_problem(url: str) -> str:
+    """What is wrong with a server's address, without showing it: it may hold a password. Empty if nothing is."""
+    if not url.isprintable() or " " in url:
+        return "an address holds no spaces or control characters"
+    try:
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        has_host = False
+        parts = urlsplit("")
+    if parts.username is not None or parts.password is not None:
+        return "an address holds no name or password; write the key as api_key"
+    if parts.scheme not in ("http", "https") or not has_host:
+        return 'an address such as "http://192.168.1.30:8080" or "https://example.org/api/v1" is wanted'
+    if parts.query or parts.fragment or "?" in url or "#" in url:
+        return 'an address ends with its path: leave out what follows "?" or "#"'
+    return ""
 
 
 def _addresses(config: Config) -> Iterator[Finding]:

@@ -6,11 +6,12 @@ Model tables arrive here whole: `load.py` has merged `[defaults]`, `inherits`, t
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,10 @@ from llamarunner.units import parse_duration, parse_size
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _HOST = re.compile(r"[0-9A-Za-z_.:%-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?<!\.gguf)", re.ASCII)
+
+PLACEHOLDERS = ("port", "model", "name", "context", "parallel", "api_key")
+"""What an engine of kind "command" finds filled in, written ${port}."""
 
 
 def _duration(value: object) -> object:
@@ -69,39 +74,65 @@ def _size(value: object) -> object:
     return value
 
 
-def expand_variables(text: str, environ: Mapping[str, str] = os.environ) -> str:
-    """`${VAR}` and `${VAR:-default}` from the environment. Raises ValueError for a variable that is not set."""
+def expand_variables(text: str, environ: Mapping[str, str] = os.environ, kept: Container[str] = ()) -> str:
+    """`${VAR}` and `${VAR:-default}` from the environment, but for the names `kept`. Raises ValueError for a variable
+    that is not set."""
 
     def replace(match: re.Match[str]) -> str:
-        name, default = match.groups()
+        name: str = match[1]
+        default: str | None = match[2]
+        if default is None and name in kept:
+            return match[0]
         found = environ.get(name, default)
         if found is None:
-            raise ValueError(f"the environment variable {name} is not set; set it, or write ${{{name}:-a default}}")
+            near = difflib.get_close_matches(name.lower(), [each for each in PLACEHOLDERS if each in kept], n=1)
+            meant = f"; did you mean ${{{near[0]}}}?" if near else ""
+            wanted = f"set it, or write ${{{name}:-a default}}"
+            raise ValueError(f"the environment variable {name} is not set; {wanted}{meant}")
         return found
 
     return _VARIABLE.sub(replace, text)
 
 
-def _expanded(value: object, info: ValidationInfo) -> object:
+def _expanded(value: object, info: ValidationInfo, kept: Container[str] = ()) -> object:
     """`${VAR}`, by the environment of the validation context ("environ") or our own."""
     if not isinstance(value, str):
         return value
-    expanded = expand_variables(value, (info.context or {}).get("environ", os.environ))
+    expanded = expand_variables(value, (info.context or {}).get("environ", os.environ), kept)
     if "\0" in expanded:
         raise ValueError("a NUL character cannot be handed to a program")
     return expanded
 
 
+def _template(value: object, info: ValidationInfo) -> object:
+    return _expanded(value, info, PLACEHOLDERS)
+
+
 def _path(value: object, info: ValidationInfo) -> object:
     """`~`, `${VAR}`; a relative path counts from the configuration file's folder (validation context "base")."""
+    path, base = _named_path(value, info), _base(info)
+    return path if base is None else base / path
+
+
+def _model_path(value: object, info: ValidationInfo) -> object:
+    """As `_path`, but a relative one stays so: `Config` knows whether the model's engine takes it for a path at all.
+    What begins with "./" or "../" is one."""
+    is_path = str(value).startswith(("./", "../"))
+    return _path(value, info) if is_path else _named_path(value, info)
+
+
+def _base(info: ValidationInfo) -> Path | None:
+    base = (info.context or {}).get("base")
+    return None if base is None else Path(base)
+
+
+def _named_path(value: object, info: ValidationInfo) -> Path:
     if not isinstance(value, str | Path):
         raise ValueError("a path is wanted")
     text = str(_expanded(str(value), info))
     if not text.strip():
         raise ValueError("the path is empty")
-    path = Path(os.path.expanduser(text))  # pathlib's own raises where there is no home to be found
-    base = (info.context or {}).get("base")
-    return path if path.is_absolute() or base is None else Path(base) / path
+    return Path(os.path.expanduser(text))  # pathlib's own raises where there is no home to be found
 
 
 def _host(value: str) -> str:
@@ -132,10 +163,14 @@ Duration = Annotated[float, BeforeValidator(_duration), _AS_WRITTEN]
 KeepAlive = Annotated[float, BeforeValidator(_keep_alive), _AS_WRITTEN]
 Size = Annotated[int, BeforeValidator(_size), WithJsonSchema({"type": ["string", "integer"]})]
 ConfigPath = Annotated[Path, BeforeValidator(_path)]
+ModelPath = Annotated[Path, BeforeValidator(_model_path)]
 Expanded = Annotated[str, BeforeValidator(_expanded)]
+Template = Annotated[str, BeforeValidator(_template)]
+Secret = Annotated[SecretStr, BeforeValidator(_expanded)]
 Host = Annotated[str, AfterValidator(_host)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Environment = dict[Annotated[str, AfterValidator(_variable_name)], Expanded]
+TemplateEnvironment = dict[Annotated[str, AfterValidator(_variable_name)], Template]
 FlagValue = Annotated[bool | int | float | str | list[str | int | float], BeforeValidator(_flag)]
 
 
@@ -188,15 +223,32 @@ class ProxiesConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["auto", "llama-server", "builtin"] = "auto"
-    """auto: `command` where it is found, else the built-in llama.cpp. llama-server: `command` or nothing.
-    builtin: the llama.cpp of the `builtin` extra."""
+    kind: Literal["auto", "command", "remote", "llama-server", "builtin"] = "auto"
+    """auto: `url` where there is one, else `command` where it is found, else the built-in llama.cpp.
+    llama-server: `command` or nothing. builtin: the llama.cpp of the `builtin` extra.
+    command: `command` is any other server of OpenAI's API. remote: such a server that runs already, at `url`."""
     command: Expanded = "llama-server"
     """The program, by name on PATH or by path (llama-server or a fork of it)."""
-    args: list[Expanded] = []
-    """Arguments put before all others."""
-    env: Environment = {}
-    """Environment variables for its processes."""
+    args: list[Template] = []
+    """Arguments put before all others. For kind command ${port}, ${model} (the model's path), ${name}, ${context} and
+    ${parallel} are filled in."""
+    env: TemplateEnvironment = {}
+    """Environment variables for its processes; for kind command filled in likewise, and ${api_key}, a fresh key."""
+    health: str = "/health"
+    """For kind command: the path that answers with a status of 200 to 299 once the model is loaded."""
+    url: Expanded | None = None
+    """For kind remote: the server's address, with or without /v1."""
+    api_key: Secret | None = None
+    """For kinds remote and command: the key the server wants to see; ${VAR} keeps it out of this file."""
+
+    @property
+    def is_remote(self) -> bool:
+        return self.kind == "remote" or (self.kind == "auto" and self.url is not None)
+
+    @property
+    def reads_gguf(self) -> bool:
+        """Whether the path of its models is that of a GGUF file."""
+        return not self.is_remote and self.kind != "command"
 
 
 class ModelSettings(Section):
@@ -228,8 +280,9 @@ class ModelSettings(Section):
 
 
 class ModelConfig(ModelSettings):
-    path: ConfigPath
-    """The .gguf file (of a split model, the first part)."""
+    path: ModelPath
+    """The .gguf file (of a split model, the first part). For an engine of kind command also a folder, or a hub's id
+    ("Qwen/Qwen3-8B"); for one of kind remote the name its server knows the model by."""
     mmproj: ConfigPath | None = None
     """The projector of a vision or audio model."""
     aliases: list[str] = []
@@ -307,6 +360,21 @@ class Config(Section):
             # frozen, and a dict is not: the one entry every model falls back to is always there
             self.engines["default"] = EngineConfig()
         return self
+
+    @model_validator(mode="after")
+    def _model_paths(self, info: ValidationInfo) -> Config:
+        """A relative path counts from the file's folder, unless it is a name that its engine understands."""
+        if (base := _base(info)) is not None:
+            for name, model in self.models.items():
+                if not model.path.is_absolute() and not self._is_named(model):
+                    self.models[name] = model.model_copy(update={"path": base / model.path})
+        return self
+
+    def _is_named(self, model: ModelConfig) -> bool:
+        engine = self.engines.get(model.engine)
+        if engine is None or engine.reads_gguf:
+            return False
+        return engine.is_remote or bool(_HUB_ID.fullmatch(model.path.as_posix()))
 
 
 def is_loopback(host: str) -> bool:

@@ -25,6 +25,7 @@ def is_installed() -> bool:
 
 class BuiltinEngine:
     kind = KIND
+    is_local = True
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name

@@ -1,5 +1,5 @@
 """How a model is run: an `Engine` turns a model into a `LaunchPlan`, the command line of an HTTP server on loopback
-that speaks llama-server's API. Starting and stopping it is the runners' work."""
+that speaks OpenAI's API, or the address of one that runs already. Starting and stopping it is the runners' work."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from llamarunner.catalog.catalog import Model
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """Everything a runner needs to start one process. `env` is laid over our own environment."""
+    """Everything a runner needs to start one process, whose environment is ours with `env` over it; or to use a server
+    elsewhere, at `url`: there is no process then, `argv` is empty and `port` 0."""
 
     argv: tuple[str, ...]
     port: int
-    api_key: str = field(repr=False)  # the process learns it from `env`, never from `argv`
+    api_key: str = field(repr=False)  # the process learns it from `env`, never from `argv`; "" if it wants none
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     health_path: str = "/health"
     load_timeout_s: float = 300.0  # without any sign of progress
+    url: str = ""  # without /v1 and final slash
+    served_model: str = ""  # what the server calls the model: a request must say it; "" where any name will do
+    is_llama_cpp: bool = True  # it has llama.cpp's own routes too (/props, /slots, /tokenize), behind the key
 
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return self.url or f"http://127.0.0.1:{self.port}"
 
     @property
     def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.api_key}"}
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is known of an engine's program. `problem` is empty where it can run models."""
+    """What is known of an engine's program or server. `problem` is empty where it can run models."""
 
     name: str  # of the [engines.NAME] table
-    kind: str  # "llama-server" or "builtin"
-    command: str  # path of the program
+    kind: str  # "llama-server", "builtin", "command" or "remote"
+    command: str  # path of the program, or the server's URL
     version: str = ""
     problem: str = ""
     hint: str = ""
@@ -49,8 +53,13 @@ class Engine(Protocol):
     @property
     def kind(self) -> str: ...
 
+    @property
+    def is_local(self) -> bool:
+        """Whether its models take memory of this machine."""
+        ...
+
     def info(self) -> EngineInfo:
-        """Look the program up and ask its version. Runs it, so it may take a second: call it in a thread."""
+        """Look the program up and ask its version, or ask the server. May take seconds: call it in a thread."""
         ...
 
     def plan(self, model: Model, *, port: int, api_key: str) -> LaunchPlan:

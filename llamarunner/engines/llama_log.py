@@ -32,9 +32,9 @@ _MAX_BUFFERS = 256  # of a model
 _MIB = 1024**2
 
 # A router's "[port]", the time since start, the level's letter; then the first word.
-_HEAD = grammar(r"(?:\[\d{1,5}\] )?(?:\d{1,9}\.\d\d\.\d{3}\.\d{3} )?(?:[DIWE] )?(?=([ \t]*(\w*)))")
+_HEAD = grammar(r"(?:\[\d{1,5}\] )?(?:\d{1,9}\.\d\d\.\d{3}\.\d{3} )?(?:[DIWE] )?(?=[ \t]{0,40}(\w{0,40}))")
 # Mid-2024, and ik_llama.cpp: INFO [  function] message | tid="..." timestamp=... id_slot=0
-_TAGGED = grammar(r" *(?:INFO|WARN|ERR|ERROR|VERB) +\[ *[^\]]*\] (.*?) *\| tid=(.*)")
+_TAGGED = grammar(r" *(?:INFO|WARN|ERR|ERROR|VERB) +\[[^\]]*\] (.*)")
 _TAG = grammar(r"(\w+)=(\"[^\"]*\"|\S+)")
 
 _BUFFER = grammar(r"(\w{1,80}): +(\S{1,80}) +(?:(model|KV|compute|output|RS) )?buffer size = +(~) MiB")
@@ -113,7 +113,7 @@ class LogReader:
             line = line[:_LINE_CHARS]
         head = _HEAD.match(line)
         assert head is not None  # each part of it may be missing
-        word, start = head[2], head.end()
+        word, start = head[1], head.end()
         if (known := self._words.get(word)) is not None:
             return known(line[start:])
         if not word:
@@ -302,8 +302,9 @@ class LogReader:
         return self._fields(message, fields) if isinstance(message, str) else ()
 
     def _tagged_line(self, text: str) -> Events:
-        match = _TAGGED.match(text)
-        return self._fields(match[1], dict(_TAG.findall(match[2]))) if match else ()
+        told, bar, tags = text.partition("| tid=")
+        match = _TAGGED.match(told) if bar else None
+        return self._fields(match[1].strip(), dict(_TAG.findall(tags))) if match else ()
 
     def _fields(self, message: str, fields: Mapping[str, object]) -> Events:
         if message in ("model loaded", "all slots are idle"):

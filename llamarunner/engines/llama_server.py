@@ -148,6 +148,7 @@ def _too_slow() -> _NoAnswerError:
 
 class LlamaServerEngine:
     kind = KIND
+    is_local = True
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name

@@ -80,7 +80,6 @@ class SlotReader:
 
     def line(self, text: str) -> Events:
         """One that begins with "slot"."""
-        self._timings_for = None
         match = SLOT.match(text)
         if match is None:
             return self._old_line(text)

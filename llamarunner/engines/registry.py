@@ -8,8 +8,10 @@ from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import Config, EngineConfig
 from llamarunner.engines import builtin
 from llamarunner.engines.builtin import BuiltinEngine
+from llamarunner.engines.command import CommandEngine
 from llamarunner.engines.engine import Engine, EngineInfo
 from llamarunner.engines.llama_server import INSTALL_HINT, LlamaServerEngine, find_command
+from llamarunner.engines.remote import RemoteEngine
 from llamarunner.errors import EngineMissingError
 
 
@@ -17,6 +19,7 @@ class MissingEngine:
     """Stands for an engine of kind "auto" on a machine that has neither program."""
 
     kind = "auto"
+    is_local = True
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name
@@ -36,12 +39,16 @@ def make_engines(config: Config) -> dict[str, Engine]:
 
 
 def _make(name: str, config: EngineConfig) -> Engine:
+    if config.is_remote:
+        return RemoteEngine(name, config)
     match config.kind:
+        case "command":
+            return CommandEngine(name, config)
         case "llama-server":
             return LlamaServerEngine(name, config)
         case "builtin":
             return BuiltinEngine(name, config)
-        case "auto":
+        case _:
             if find_command(config):
                 return LlamaServerEngine(name, config)
             return BuiltinEngine(name, config) if builtin.is_installed() else MissingEngine(name, config)

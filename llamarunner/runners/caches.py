@@ -72,7 +72,7 @@ class Caches:
 
 
 class Hyperparameters:
-    """A header's numbers, of which nothing is believed: what is not a whole number from 0 is as if it were not there."""
+    """A header's numbers, of which nothing is believed: what is not a whole number from 0 might as well be missing."""
 
     def __init__(self, details: ModelDetails) -> None:
         self.architecture = details.architecture
@@ -136,10 +136,10 @@ def caches(details: ModelDetails, settings: CacheSettings) -> Caches:
             kept += bytes_ * streams
             snapshot += bytes_ if short else 0
         layers.append(kept)
-    cells = (far, near) if any(windowed) else (far,)
-    if settings.full_windows:
-        cells = (far,) * len(cells)
-    return Caches(tuple(layers), cells if any(remembers) else (), snapshot == 0, snapshot)
+    cells = [far]
+    if any(windowed):
+        cells.append(far if settings.full_windows else near)
+    return Caches(tuple(layers), tuple(cells) if any(remembers) else (), snapshot == 0, snapshot)
 
 
 def _padded(cells: int) -> int:

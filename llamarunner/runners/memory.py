@@ -23,8 +23,8 @@ from llamarunner.runners.caches import Caches, CacheSettings, Hyperparameters, c
 
 MIB = 1024**2
 
-# Of the engine's process, measured with the built-in engine on x86-64 Linux (bench/estimates.py): libraries, threads and
-# buffers, and for each token and merge of the vocabulary its text with its places in llama.cpp's tables.
+# Of the engine's process, measured with the built-in engine on x86-64 Linux (bench/estimates.py): libraries, threads
+# and buffers, and for each token and merge of the vocabulary its text with its places in llama.cpp's tables.
 PROCESS_BYTES = 30 * MIB
 TOKEN_BYTES = 200
 MERGE_BYTES = 280

@@ -20,12 +20,13 @@ from typing import Protocol
 import aiohttp
 
 from llamarunner.catalog.catalog import Model
+from llamarunner.engines import remote
 from llamarunner.engines.engine import Engine, LaunchPlan
 from llamarunner.errors import EngineError, EngineGoneError, EngineMissingError, LoadError, ModelFileError
 from llamarunner.events import EventBus, RunnerChanged, RunnerState
 from llamarunner.runners.crash import CauseKind, classify
 from llamarunner.runners.guardian import Guardian
-from llamarunner.runners.health import Props, StrangerError, ask_health, read_props
+from llamarunner.runners.health import KeyRefusedError, Props, StrangerError, ask_health, read_props, until_lost
 from llamarunner.runners.process import EngineProcess
 from llamarunner.units import format_duration
 
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 STALLED = "stalled"
 STOPPED = "stopped"
+UNREACHABLE = "unreachable"
+KEY_REFUSED = "key_refused"
 """Causes of a LoadError beside those of `crash.CauseKind`."""
 
 _PORT_TRIES = 3
@@ -40,6 +43,7 @@ _POLL_FIRST_S = 0.05
 _POLL_MOST_S = 0.25
 _POLL_GROWTH = 1.3
 _PROBE_S = 2.0
+_CHECK_S = 10.0  # between looks at a server elsewhere
 _TAIL_LINES = 20  # given with an error
 _CAUSE_LINES = 200  # looked through for its cause
 _OWN_ENV = "LLAMARUNNER_"
@@ -82,6 +86,7 @@ class Runner:
         guardian: Guardian,
         session: aiohttp.ClientSession,
         stop_grace_s: float = 10.0,
+        check_s: float = _CHECK_S,
     ) -> None:
         self.runner_id = next(_runner_ids)
         self.model = model
@@ -95,13 +100,15 @@ class Runner:
         self.slots: int | None = None
         self.error: EngineError | None = None
         self.on_ended: Callable[[Runner], None] | None = None
-        """Called once when the engine has ended by itself after it was ready, and has been cleaned up behind."""
+        """Called once when the engine has ended by itself after it was ready, and has been cleaned up behind; or when
+        a server elsewhere does not answer any more."""
         self._engine = engine
         self._log = log
         self._bus = bus
         self._guardian = guardian
         self._session = session
         self._stop_grace_s = stop_grace_s
+        self._check_s = check_s
         self._process: EngineProcess | None = None
         self._progress_at = 0.0
         self._mark = ""
@@ -165,8 +172,8 @@ class Runner:
         self.context, self.slots = props.context, props.slots
         self.load_s = time.monotonic() - begun
         self._become(RunnerState.READY, f"loaded in {format_duration(self.load_s)}")
-        assert self._process is not None  # it answers
-        self._watching = asyncio.create_task(self._watch(self._process), name=f"watch {self.model.name}")
+        watch = self._watch_remote() if self._process is None else self._watch(self._process)
+        self._watching = asyncio.create_task(watch, name=f"watch {self.model.name}")
 
     async def _bring_up(self) -> Props:
         for attempt in itertools.count(1):
@@ -187,8 +194,10 @@ class Runner:
         plan = self._engine.plan(self.model, port=_free_port(), api_key=secrets.token_urlsafe(32))
         self.plan = plan
         self._mark = f"--- starting {self.model.name}: runner {self.runner_id}, attempt {attempt} ---"
-        self._log.feed(f"{self._mark}\n".encode())
+        self._note(self._mark)
         self._progress_at = time.monotonic()
+        if plan.url:
+            return await self._reach(plan)
         try:
             process = await EngineProcess.spawn(
                 plan.argv, _environment(plan), on_output=self._on_output, guardian=self._guardian
@@ -208,21 +217,38 @@ class Runner:
         except StrangerError:
             message = f"{self.model.name} could not be loaded: another program answered on its port {plan.port}"
             raise LoadError(message, cause=CauseKind.PORT_TAKEN, log_tail=self._tail(_TAIL_LINES)) from None
+        except KeyRefusedError:
+            key = "does not accept the key it was given" if plan.api_key else "wants a key, and was given none"
+            message = f"{self.model.name} could not be loaded: its engine {key}"
+            hint = "see the api_key of its engine, and ${api_key} in the engine's env"
+            raise LoadError(message, hint=hint, cause=KEY_REFUSED, log_tail=self._tail(_TAIL_LINES)) from None
         finally:
             polling.cancel()
             ended.cancel()
             await asyncio.gather(polling, ended, return_exceptions=True)
 
+    async def _reach(self, plan: LaunchPlan) -> Props:
+        """A server elsewhere is there or it is not: nothing is gained by waiting for it."""
+        self._become(RunnerState.LOADING, f"asking {plan.url}")
+        try:
+            await remote.ask_models(self._session, plan.base_url, plan.headers, min(remote.ASK_S, plan.load_timeout_s))
+        except remote.UnreachableError as error:
+            self._note(error.message)
+            raise LoadError(
+                f"{self.model.name} could not be loaded: {error.message}", hint=error.hint, cause=UNREACHABLE
+            ) from None
+        return Props()
+
     async def _poll(self, plan: LaunchPlan, process: EngineProcess) -> Props:
         """Until it is ready. Raises StrangerError, and LoadError where there is no progress for too long."""
         pause, last = _POLL_FIRST_S, None
         while (left := self._progress_at + plan.load_timeout_s - time.monotonic()) > 0:
-            answer = await ask_health(self._session, plan, min(_PROBE_S, left))
+            answer = await ask_health(self._session, plan, process, min(_PROBE_S, left))
             if answer != last:
                 self._progress_at, last = time.monotonic(), answer
             if answer is not None and self.state is RunnerState.STARTING:
                 self._become(RunnerState.LOADING, "the engine is reading the model")
-            if answer == 200:
+            if answer is not None and 200 <= answer < 300:
                 return await read_props(self._session, plan, process)
             await asyncio.sleep(pause)
             pause = min(pause * _POLL_GROWTH, _POLL_MOST_S)
@@ -252,10 +278,14 @@ class Runner:
     def _on_output(self, block: bytes) -> None:
         if self.state is RunnerState.LOADING or self.state is RunnerState.STARTING:
             # some builds log each of our own questions, which is no progress
-            own = self.plan.health_path.encode() if self.plan else b"/health"
+            path = self.plan.health_path if self.plan else "/health"
+            own = (path if path != "/" else "GET / ").encode()
             if any(line.strip() and own not in line for line in block.split(b"\n")):
                 self._progress_at = time.monotonic()
         self._log.feed(block)
+
+    def _note(self, line: str) -> None:
+        self._log.feed(f"{line}\n".encode())
 
     def _tail(self, lines: int) -> tuple[str, ...]:
         """Of this attempt alone: the log may hold what an earlier one died of."""
@@ -273,7 +303,16 @@ class Runner:
         if self.state is not RunnerState.READY and self.state is not RunnerState.DRAINING:
             return  # `stop` ended it
         cause = classify(code, self._tail(_CAUSE_LINES))
-        self.error = EngineGoneError(f"the engine of {self.model.name} ended: {cause.summary}", hint=cause.hint)
+        await self._lose(EngineGoneError(f"the engine of {self.model.name} ended: {cause.summary}", hint=cause.hint))
+
+    async def _watch_remote(self) -> None:
+        """Likewise, of a server elsewhere. What it still answers is not cut: those connections are its clients' own."""
+        assert self.plan is not None  # it is ready by it
+        error = await until_lost(self._session, self.plan, self._check_s, self._note)
+        await self._lose(EngineGoneError(f"the server of {self.model.name} is lost: {error.message}", hint=error.hint))
+
+    async def _lose(self, error: EngineGoneError) -> None:
+        self.error = error
         logger.warning("%s", self.error)
         self._become(RunnerState.FAILED, self.error.message)
         await self._end_process()
@@ -289,6 +328,8 @@ class Runner:
             self._become(RunnerState.STOPPING, reason)
         await self._end_process()
         if self._watching is not None:
+            if self.plan is not None and self.plan.url:  # nothing ends there that it could notice
+                self._watching.cancel()
             await asyncio.wait({self._watching})
         if self.state is RunnerState.STOPPING:
             self._become(RunnerState.STOPPED, reason)

@@ -233,7 +233,7 @@ def _mutated(draw: st.DrawFn) -> str:
     return line
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(_text, st.composite(_mutated)()), max_size=30))
 def test_no_line_raises_and_none_is_loaded_or_fatal_without_saying_so(lines: list[str]) -> None:
     reader, view = LogReader(), Activity()
@@ -262,11 +262,9 @@ def test_unknown_lines_in_between_change_nothing(name: str, chance: random.Rando
         "0.00.738.015 I slot get_availabl: id  0 | task -1 |  - checking sim = 0.667 (24/36) > 0.100",
     )
     lines: list[str] = []
-    after_heading = False
     for line in lines_of(name):
-        lines += chance.choices(unknown[: 4 if after_heading else len(unknown)], k=chance.randint(0, 2))
+        lines += chance.choices(unknown, k=chance.randint(0, 2))
         lines.append(line)
-        after_heading = line.endswith("|") or (after_heading and "total time" not in line)
     assert read(lines) == read(lines_of(name))
 
 
@@ -437,6 +435,10 @@ def _deep_size(root: object) -> int:
         "/" * 8000,
         "slot " + "a" * 8000,
         "error " * 1500,
+        "INFO [a] " + " " * 990,
+        " " * 990 + "|",
+        "  - a : " + "(1 MiB, " * 100 + "MiB free",
+        "a: using device a (" + "- 1 " * 230 + "MiB free",
     ],
     ids=lambda line: line[:30],
 )

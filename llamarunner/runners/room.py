@@ -1,0 +1,96 @@
+"""Who must leave so that a model fits: `plan_room`. Pure; it decides whether, the scheduler when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from llamarunner.runners.memory import Need
+from llamarunner.runners.placement import Device, Partial, Placement, Refusal, place
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A runner that holds memory. Those with a smaller `order` leave first."""
+
+    name: str
+    bytes_by_device: Mapping[str, int]
+    evictable: bool = True  # now: nobody uses it
+    order: float = 0.0
+    pinned: bool = False  # never leaves for another
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Once `evict` have left, the model goes where `placement` says. Place it again then: figures change."""
+
+    evict: tuple[str, ...]
+    placement: Placement
+
+
+def plan_room(
+    need: Need,
+    devices: Sequence[Device],
+    holders: Iterable[Holder],
+    *,
+    pinned: Sequence[str] = (),
+    spread: bool = False,
+    partial: Partial = "offload",
+) -> Room | Refusal:
+    """Who must leave for `need`: nobody if it fits, else those first in order, and none whose leaving is not needed.
+
+    A whole model on GPUs goes before a partial one: only where not even the leaving of those that answer now would make
+    it whole is it offloaded in part, as far as those that may leave make possible."""
+    in_order = sorted(holders, key=lambda holder: holder.order)
+    going = [holder for holder in in_order if holder.evictable and not holder.pinned]
+    later = [holder for holder in in_order if not holder.pinned]
+
+    def attempt(leaving: Sequence[Holder], how: Partial) -> Placement | Refusal:
+        return place(need, without(devices, leaving), pinned=pinned, spread=spread, partial=how)
+
+    def least(candidates: Sequence[Holder], how: Partial, layers: int | None) -> Room | None:
+        leaving: list[Holder] = []
+        found = attempt((), how)
+        for holder in candidates:
+            if _is_as_good(found, layers):
+                break
+            leaving.append(holder)
+            found = attempt(leaving, how)
+        if isinstance(found, Refusal) or not _is_as_good(found, layers):
+            return None
+        for holder in reversed(leaving[:-1]):  # the last was needed; of the others the most precious may stay first
+            fewer = [other for other in leaving if other is not holder]
+            if _is_as_good(again := attempt(fewer, how), layers) and not isinstance(again, Refusal):
+                leaving, found = fewer, again
+        return Room(tuple(holder.name for holder in leaving), found)
+
+    if room := least(going, "refuse", None):
+        return room
+    refused = attempt(going, "refuse")
+    assert isinstance(refused, Refusal)
+    if waiting := least(later, "refuse", None):
+        blockers = tuple(holder.name for holder in later if holder.name in waiting.evict and not holder.evictable)
+        return replace(refused, blockers=blockers)
+    if partial == "offload":
+        best = attempt(going, "offload")
+        if isinstance(best, Placement):
+            return least(going, "offload", best.gpu_layers or 0) or Room(tuple(h.name for h in going), best)
+    return refused
+
+
+def _is_as_good(found: Placement | Refusal, layers: int | None) -> bool:
+    if isinstance(found, Refusal):
+        return False
+    return layers is None or (found.gpu_layers or 0) >= layers
+
+
+def without(devices: Sequence[Device], leaving: Iterable[Holder]) -> tuple[Device, ...]:
+    """The devices once `leaving` have given back what they hold."""
+    held: dict[str, int] = {}
+    for holder in leaving:
+        for device_id, size in holder.bytes_by_device.items():
+            held[device_id] = held.get(device_id, 0) + size
+    return tuple(
+        replace(device, used_by_ours_bytes=max(device.used_by_ours_bytes - held.get(device.id, 0), 0))
+        for device in devices
+    )
