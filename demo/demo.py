@@ -33,7 +33,7 @@ port = {lmstudio}
 [models.smollm2]
 {path}
 aliases = ["SmolLM2-135M"]
-flags.predict = 200        # the most tokens of an answer that asks for no limit: so small a model may go on for long
+flags.predict = 120        # the most tokens of an answer that asks for no limit: so small a model may go on for long
 
 # The same file a second time, for embeddings: with one model loaded at a time, asking it makes smollm2 leave.
 [models.smollm2-embed]
@@ -51,7 +51,7 @@ LINES = """\
 # To try in another terminal (this text is in {file}):
 
 curl http://{host}:{ollama}/api/chat -d '{{"model": "smollm2",
-  "messages": [{{"role": "user", "content": "Why is the sky blue?"}}]}}'
+  "messages": [{{"role": "user", "content": "Why is the sky blue?"}}], "options": {{"num_predict": 120}}}}'
 
 curl http://{host}:{lmstudio}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "smollm2",
   "messages": [{{"role": "user", "content": "Tell me about llamas."}}], "stream": true}}'
@@ -65,7 +65,7 @@ LLAMARUNNER_HOME={home} {program} ask smollm2 "Write a haiku."
 {python} -c '
 import ollama
 for part in ollama.Client("http://{host}:{ollama}").chat(
-    "smollm2", [{{"role": "user", "content": "Count to ten."}}], stream=True):
+    "smollm2", [{{"role": "user", "content": "Count to ten."}}], options={{"num_predict": 120}}, stream=True):
     print(part.message.content, end="", flush=True)
 print()'
 """

@@ -60,7 +60,9 @@ def blocks(home: Path) -> list[str]:
 
 def run(block: str) -> str:
     environment = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
-    done = subprocess.run(["sh", "-c", block], capture_output=True, text=True, env=environment, timeout=60, check=False)
+    done = subprocess.run(
+        ["sh", "-c", block], capture_output=True, text=True, env=environment, timeout=100, check=False
+    )
     assert done.returncode == 0, f"{block}\n{done.stderr}"
     return done.stdout
 
@@ -78,7 +80,7 @@ def held(port: int) -> Iterator[None]:
         yield
 
 
-@pytest.mark.timeout(240)  # the model answers three times
+@pytest.mark.timeout(360)  # the model answers three times
 def test_a_taken_port_is_named_and_the_printed_lines_work(tmp_path: Path) -> None:
     with held(11434), daemon(tmp_path) as process:
         said = read_until(process, "stop with")

@@ -122,6 +122,8 @@ class SlotReader:
         return self._timing(number, self._slots[number].task, match)
 
     def _message(self, number: int, task: int, message: str, *, from_timings: bool) -> Events:
+        if message.startswith(_PROMPT_DONE):  # the commonest by far: verbose builds tell each token
+            return self._generating(number, task)
         if message.startswith("processing task"):
             return self._launched(number, task)
         if message.startswith("stop processing"):
@@ -143,8 +145,6 @@ class SlotReader:
             return self._prompt(number, task, None, match[1])
         if match := _CACHED.match(message):
             return self._prompt(number, task, match[1])
-        if message.startswith(_PROMPT_DONE):
-            return self._generating(number, task)
         if message.startswith(_TRUNCATED):
             return self._truncated(number, task)
         return ()

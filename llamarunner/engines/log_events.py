@@ -185,7 +185,7 @@ class Activity:
                 )
             case SlotReleased() | SlotTimings():
                 old = self._of(event.slot)
-                if old is None:
+                if old is None or (old.task is not None and old.task != event.task):
                     return self  # the slot is already at work on another task
                 if isinstance(event, SlotReleased):
                     view = SlotActivity(

@@ -96,7 +96,7 @@ def test_each_commented_value_is_the_default(path: tuple[str, ...], value: Any, 
         assert config != Config()
         found: Any = Config()
         for part in path:
-            found = getattr(found, part)
+            found = found[part] if isinstance(found, dict) else getattr(found, part)
         assert found is None
 
 

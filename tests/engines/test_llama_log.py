@@ -352,6 +352,30 @@ def test_a_log_that_begins_in_the_middle() -> None:
     assert read(lines[8:]) == [Truncated(0, 7), SlotReleased(0, 7)]
 
 
+def test_a_figure_that_goes_back_is_not_told() -> None:
+    """Builds count with and without the tokens from the cache, in turns."""
+    lines = [line.replace("launch_slot_", "get_available") for line in transcript(0, 7, 100)[1:3]]
+    again = "slot update_slots: id  0 | task 7 | prompt processing progress, n_tokens = 30, progress = 0.3"
+    assert read([*lines, again])[-1] == SlotPrompt(0, 7, 50, 100, 0.5)
+
+
+def test_a_task_whose_launch_was_not_told() -> None:
+    done = "slot update_slots: id  0 | task 8 | prompt processing progress, n_tokens = 3, progress = 0.3"
+    assert read([*transcript(0, 7, 100)[:5], done])[-1] == SlotPrompt(0, 8, 3, None, 0.3)
+
+
+def test_a_second_model_and_context_are_counted_beside_the_first() -> None:
+    """Also where nothing but the sizes is told."""
+    one = [
+        "load_tensors: CUDA0 model buffer size = 8.00 MiB",
+        "llama_kv_cache: CUDA0 KV buffer size = 4.00 MiB",
+        "llama_context: CUDA0 compute buffer size = 2.00 MiB",
+    ]
+    assert on_gpu(read([*one, *one])) == {"CUDA0": 28}
+    assert on_gpu(read([one[0], one[2], one[0], one[2]])) == {"CUDA0": 20}
+    assert on_gpu(read([*one, one[2]])) == {"CUDA0": 14}  # measured once more, for the same context
+
+
 def test_timings_that_nothing_names_a_slot_for_belong_to_the_only_busy_one() -> None:
     timings = [
         "print_timings: prompt eval time = 232.47 ms / 492 tokens ( 0.47 ms per token, 2116.38 tokens per second)",

@@ -58,7 +58,7 @@ async def ask_everything(serving: Serving, model: str) -> int:
     asked += [("ollama", "/v1/completions", {"prompt": text, "max_tokens": 2}) for text in TEXTS]
     asked += [("lmstudio", "/v1/embeddings", {"input": text}) for text in TEXTS]
     asked += [
-        ("ollama", "/api/chat", {"messages": [{"role": "user", "content": f"{CANARY} " * 700}]}),
+        ("ollama", "/api/chat", {"messages": [{"role": "user", "content": f"{CANARY} " * 200}]}),
         ("ollama", "/api/chat", {"messages": TURN, "format": CANARY}),
         ("ollama", "/api/chat", {"messages": TURN, "think": CANARY}),
         ("ollama", "/api/chat", {"messages": TURN, "keep_alive": CANARY}),
@@ -98,7 +98,14 @@ def assert_private(texts: dict[str, str], word: str) -> None:
 
 
 async def test_the_real_engine(tmp_path: Path, smollm2_path: Path) -> None:
-    models = {"smol": {"path": str(smollm2_path), "context": 512, "embeddings": True}}
+    models = {
+        "smol": {
+            "path": str(smollm2_path),
+            "context": 256,
+            "embeddings": True,
+            "flags": {"threads": 1, "threads-batch": 1},
+        }
+    }
     async with serve(
         tmp_path, {"models": models, "engines": {"default": {"kind": "builtin"}}}, log_files=True
     ) as serving:

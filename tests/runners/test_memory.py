@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def model(known: ModelDetails, context: int = 4096, parallel: int = 1, **flags: 
     return Model("m", Path("/m.gguf"), ModelSettings(context=context, parallel=parallel, flags=named), known)
 
 
-# --- against what llama.cpp logs of its buffers ------------------------------------------------------------------------
+# --- against what llama.cpp logs of its buffers ----------------------------------------------------------------------
 
 LOGGED = [
     # architecture, its keys, context x slots, flags, MiB of keys, values and states, MiB of compute buffer
@@ -100,8 +101,8 @@ def test_as_llama_cpp_logs_it(
     assert need.compute / MIB == pytest.approx(compute, rel=0.04)
 
 
-def test_a_real_models_caches(smollm2: Path) -> None:
-    known = read_details(smollm2)
+def test_a_real_models_caches(smollm2_path: Path) -> None:
+    known = read_details(smollm2_path)
     assert estimate(model(known, 8192)).cache == 180 * MIB
     assert estimate(model(known, 512)).cache / MIB == 11.25
     assert estimate(model(known, 8192)).compute / MIB == pytest.approx(22.64, rel=0.01)
@@ -109,10 +110,10 @@ def test_a_real_models_caches(smollm2: Path) -> None:
     assert (known.vocabulary, known.merges) == (49_152, 48_900)
 
 
-def test_a_real_engine_takes_what_was_estimated(smollm2: Path) -> None:
+def test_a_real_engine_takes_what_was_estimated(smollm2_path: Path) -> None:
     for context, parallel in ((1024, 1), (2048, 2)):
-        asked = model(read_details(smollm2), context, parallel, threads=2)
-        asked = Model("smollm2", smollm2, asked.settings, asked.details)
+        asked = model(read_details(smollm2_path), context, parallel, threads=2)
+        asked = Model("smollm2", smollm2_path, asked.settings, asked.details)
         with closing(socket.socket()) as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -144,7 +145,7 @@ def await_health(client: httpx.Client) -> None:
             assert time.monotonic() < deadline
 
 
-# --- windows, states and what shares them -----------------------------------------------------------------------------
+# --- windows, states and what shares them ----------------------------------------------------------------------------
 
 
 def windows(architecture: str, layers: int = 6, **keys: Any) -> list[bool]:
@@ -199,14 +200,14 @@ def test_hybrids_have_states_between_their_caches() -> None:
     assert rwkv == (4 * 512 * (2 + 64),) * 2
 
 
-# --- where the parts lie ------------------------------------------------------------------------------------------------
+# --- where the parts lie ---------------------------------------------------------------------------------------------
 
 
 def test_layers_on_gpus_are_not_in_ram() -> None:
     need = estimate(model(details("llama")))
     whole = need.on_gpus((need.units,))
     parts = [need.on_gpus((count,)) for count in range(1, need.units + 1)]
-    assert all(a.ram > b.ram and a.gpus[0] < b.gpus[0] for a, b in zip(parts[:-1], parts[1:], strict=True))
+    assert all(a.ram > b.ram and a.gpus[0] < b.gpus[0] for a, b in pairwise(parts))
     assert need.on_gpus((0,)) == Allocation(need.on_cpu(), (0,))
     layer = 10 * MIB + 4 * MIB
     assert parts[3].gpus[0] - parts[2].gpus[0] == layer
@@ -257,14 +258,16 @@ def test_types_the_cpu_reorders_count_twice_while_the_file_is_mapped() -> None:
         assert estimate(model(known, **flags)).cpu_weights == 10 * MIB
 
 
-def test_a_projector_and_a_draft_model_count(tmp_path: Path, smollm2: Path) -> None:
+def test_a_projector_and_a_draft_model_count(tmp_path: Path, smollm2_path: Path) -> None:
     keys = {"image_size": 896, "patch_size": 14, "embedding_length": 1152, "feed_forward_length": 4304}
     metadata = {"general.architecture": "clip", "general.type": "mmproj"}
     metadata |= {f"clip.vision.{key}": value for key, value in keys.items()} | {"clip.vision.attention.head_count": 16}
     projector = tmp_path / "mmproj.gguf"
     projector.write_bytes(gguf_bytes(metadata, [("v.blk.0.w", (64, 64), 1, 0)], 8192))
-    plain = Model("m", smollm2, ModelSettings(), read_details(smollm2))
-    both = Model("m", smollm2, ModelSettings(flags={"model-draft": str(smollm2)}), plain.details, mmproj=projector)
+    plain = Model("m", smollm2_path, ModelSettings(), read_details(smollm2_path))
+    both = Model(
+        "m", smollm2_path, ModelSettings(flags={"model-draft": str(smollm2_path)}), plain.details, mmproj=projector
+    )
     beside = companions(both)
     assert companions(plain) == Companions()
     alone, need = estimate(plain), estimate(both, beside)
@@ -276,7 +279,7 @@ def test_a_projector_and_a_draft_model_count(tmp_path: Path, smollm2: Path) -> N
     on_gpu, in_ram = (
         need,
         estimate(
-            Model("m", smollm2, ModelSettings(flags={"no-mmproj-offload": True}), plain.details, projector), beside
+            Model("m", smollm2_path, ModelSettings(flags={"no-mmproj-offload": True}), plain.details, projector), beside
         ),
     )
     assert on_gpu.on_first_gpu - in_ram.on_first_gpu == need.projector
@@ -299,7 +302,7 @@ def test_what_may_grow_is_told_and_in_no_total() -> None:
     assert limited.on_cpu() == off.on_cpu()
 
 
-# --- wishes and nonsense ------------------------------------------------------------------------------------------------
+# --- wishes and nonsense ---------------------------------------------------------------------------------------------
 
 
 def test_wishes_are_read() -> None:
