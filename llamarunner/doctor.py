@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import psutil
 
 from llamarunner import __version__, paths, ports
+from llamarunner.catalog.catalog import Model
 from llamarunner.catalog.stores import discover
 from llamarunner.config.load import LoadedConfig
 from llamarunner.engines.registry import make_engines
@@ -24,7 +25,7 @@ from llamarunner.telemetry.gpus import GpuReader, GpuSample
 from llamarunner.units import format_size
 
 _GPU_TIMEOUT_S = 5.0  # a healthy driver answers in milliseconds, one that was asleep in a second or two
-_ENGINE_TIMEOUT_S = 30.0  # its program runs once to tell its version; the first time from a cold disk
+_ENGINE_TIMEOUT_S = 30.0  # its program runs once to tell its version, the first time from a cold disk
 _LOW_DISK_BYTES = 1024**3
 _MOST_SHOWN = 20  # of one section as text, problems aside; the JSON has them all
 
@@ -161,8 +162,9 @@ def _engines(loaded: LoadedConfig) -> Iterator[Item]:
     bad = Status.FAIL if none_works else Status.WARN
     for name, info in found.items():
         if info is None:
-            detail = f"its program did not answer within {_ENGINE_TIMEOUT_S:g} seconds"
-            yield Item("engines", name, bad, detail, f"see what is wrong with engines.{name}.command")
+            detail = f"it did not answer within {_ENGINE_TIMEOUT_S:g} seconds"
+            key = "command" if engines[name].is_local else "url"
+            yield Item("engines", name, bad, detail, f"see what is wrong with engines.{name}.{key}")
         elif info.problem:
             yield Item("engines", name, bad, info.problem, info.hint)
         else:
@@ -241,6 +243,11 @@ def _models(loaded: LoadedConfig) -> Iterator[Item]:
             where = "" if str(model.path) in model.problem else f" ({model.path})"
             yield Item("models", model.name, Status.WARN, model.problem + where, model.hint)
         else:
-            about = ", ".join(part for part in (model.details.parameter_size, model.details.quantization) if part)
-            size = format_size(model.size_bytes) + (f", {about}" if about else "")
-            yield Item("models", model.name, Status.OK, f"{size} ({model.path})")
+            yield Item("models", model.name, Status.OK, _about(model))
+
+
+def _about(model: Model) -> str:
+    if not model.size_bytes:  # what its engine makes of the path is not ours to read
+        return f"{model.path}, by the engine {model.settings.engine}"
+    details = (model.details.parameter_size, model.details.quantization)
+    return ", ".join((format_size(model.size_bytes), *filter(None, details))) + f" ({model.path})"

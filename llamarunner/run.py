@@ -38,7 +38,23 @@ def _new_runner() -> asyncio.Runner:
         import uvloop
     except ImportError:  # there is none for Windows
         return asyncio.Runner()
-    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+    class Loop(uvloop.Loop):
+        """Hands `eager_start` to no task factory that would not take it: uvloop always does, and Python's own eager
+        factory, which Textual sets too, takes it only in later releases of 3.13."""
+
+        def set_task_factory(self, factory: Any) -> None:
+            is_eager = factory is not None and factory is getattr(asyncio, "eager_task_factory", None)
+            super().set_task_factory(_start_eagerly if is_eager else factory)
+
+    return asyncio.Runner(loop_factory=Loop)
+
+
+def _start_eagerly(
+    loop: asyncio.AbstractEventLoop, coro: Any, *, eager_start: bool | None = None, **kwargs: Any
+) -> asyncio.Task[Any]:
+    kwargs["eager_start"] = eager_start is not False
+    return asyncio.Task(coro, loop=loop, **kwargs)
 
 
 def choose_task_factory(loop: asyncio.AbstractEventLoop) -> None:

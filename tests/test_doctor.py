@@ -81,6 +81,28 @@ def test_one_engine_of_two_is_enough(tmp_path: Path) -> None:
     assert report.can_serve
 
 
+def test_engines_that_are_no_llama_cpp(tmp_path: Path) -> None:
+    program = tmp_path / "serve"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    with socket.socket() as held:  # bound, and not listening
+        held.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{held.getsockname()[1]}"
+        text = (
+            f"[engines.v]\nkind = 'command'\ncommand = '{program}'\nargs = ['${{port}}']\n"
+            f"[engines.box]\nurl = '{url}/v1'\napi_key = 'sk-secret'\n"
+            "[models.qwen]\nengine = 'v'\npath = 'Qwen/Qwen3-8B'\n[models.big]\nengine = 'box'\npath = 'big:70b'\n"
+        )
+        report = examine(load(tmp_path, text))
+    assert find(report, "engines", "v").detail == f"command ({program})"
+    box = find(report, "engines", "box")
+    assert (box.status, bool(box.remedy)) == (Status.WARN, True)
+    assert f"{url} cannot be reached" in box.detail
+    assert find(report, "models", "qwen").detail == "Qwen/Qwen3-8B, by the engine v"
+    assert find(report, "models", "big").detail == "big:70b, by the engine box"
+    assert "sk-secret" not in render(report)
+
+
 def test_a_held_port_names_the_holder_and_another_port(tmp_path: Path) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))

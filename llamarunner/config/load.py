@@ -213,7 +213,9 @@ def _apart_from(wrong: Mapping[KeyPath, str], findings: Iterable[rules.Finding])
 
     def follows(path: KeyPath) -> bool:
         related = (path, ("proxies", path[1], "api_key")) if path[0] == "proxies" else (path,)
-        return any(key[: len(bad)] == bad for bad in wrong for key in related)
+        # of an array with a wrong element nothing is left
+        left_out = {bad[:-1] if isinstance(bad[-1], int) else bad for bad in wrong}
+        return any(key[: len(bad)] == bad for bad in left_out for key in related)
 
     return [(path, message) for path, message in findings if not follows(path)]
 

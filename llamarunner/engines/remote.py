@@ -4,6 +4,7 @@ has, which is its health check as well. Its key is in one header and nowhere els
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import orjson
 
 from llamarunner import __version__
 from llamarunner.catalog.catalog import Capability, Model, ModelDetails, name_key
+from llamarunner.catalog.gguf import printable
 from llamarunner.config.schema import EngineConfig, ModelSettings
 from llamarunner.engines.engine import EngineInfo, LaunchPlan
 from llamarunner.errors import EngineError, EngineMissingError
@@ -26,6 +28,7 @@ ASK_S = 10.0
 _BODY_BYTES = 4 * 1024**2  # the longest lists, with prices and descriptions, have 1 MiB
 _MOST_MODELS = 1000
 _LONGEST_ID = 200
+_LONGEST_REASON = 200
 _MOST_NUMBERED = 100
 _NOT_OPENAI = "is it the address of a server of OpenAI's API?"
 _CHAT = frozenset({Capability.COMPLETION, Capability.TOOLS})
@@ -198,5 +201,6 @@ def _problem(response: aiohttp.ClientResponse) -> tuple[str, str] | None:
 def _reason(error: Exception) -> str:
     """The system's words where it has some; aiohttp's repeat the address."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-    words = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    return words or type(cause).__name__
+    if not isinstance(cause, OSError) or not cause.errno:
+        return printable(str(cause), _LONGEST_REASON) or type(cause).__name__
+    return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)  # negative: of the name's look-up

@@ -52,6 +52,10 @@ class OpenAIRoutes(ABC):
     def model_record(self, model: Model) -> dict[str, Any]: ...
 
     @abstractmethod
+    def amend(self, data: bytes) -> bytes:
+        """An engine's answer, or whole lines of it, with what the dialect changes."""
+
+    @abstractmethod
     def keep_alive(self, body: dict[str, Any]) -> float | None:
         """The dialect's own extension that says how long the model stays."""
 
@@ -112,7 +116,7 @@ class OpenAIRoutes(ABC):
             if check(body, model):
                 raw = orjson.dumps(body)
             async with self._relay.ask(model, path, raw, trace, keep_alive_s=self.keep_alive(body)) as (upstream, _):
-                return await self._relay.pass_through(request, upstream, trace, self._dialect)
+                return await self._relay.pass_through(request, upstream, trace, self._dialect, self.amend)
 
         return self._relay.traced(self._dialect, forward)
 

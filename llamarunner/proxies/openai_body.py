@@ -13,6 +13,7 @@ from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.errors import RequestError, UnsupportedError
 from llamarunner.proxies.body import json_kind
 
+_TEXTS = ("name", "reasoning_content", "tool_call_id")
 _MEDIA: Mapping[str, Capability] = {"image_url": Capability.VISION, "input_audio": Capability.AUDIO}
 
 
@@ -21,6 +22,9 @@ def check_messages(messages: object, model: Model) -> None:
         place = f"messages[{index}]"
         _expect(message, dict, place)
         _expect(message.get("role"), str, f"{place}.role")
+        for name in _TEXTS:
+            if message.get(name) is not None:
+                _expect(message[name], str, f"{place}.{name}")
         content = message.get("content")
         if isinstance(content, list):
             for number, part in enumerate(content):

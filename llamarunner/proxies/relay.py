@@ -131,12 +131,18 @@ class Relay:
             return parse_answer(await read_all(upstream))
 
     async def pass_through(
-        self, request: web.Request, upstream: aiohttp.ClientResponse, trace: RequestTrace, dialect: Dialect
+        self,
+        request: web.Request,
+        upstream: aiohttp.ClientResponse,
+        trace: RequestTrace,
+        dialect: Dialect,
+        amend: Callable[[bytes], bytes],
     ) -> web.StreamResponse:
-        """The answer as it is, status and type included."""
+        """The answer with its status and type; `amend` gets whole lines of a stream, or a whole answer, and returns them
+        as the dialect has them."""
         content_type = upstream.headers.get("Content-Type", "application/json")
         if not content_type.startswith("text/event-stream"):
-            return await _whole(upstream, trace, content_type)
+            return await _whole(upstream, trace, content_type, amend)
         stream = EventStream(request, trace, dialect)
         lines = WholeLines()
         tail: deque[bytes] = deque()
@@ -150,7 +156,7 @@ class Relay:
                 tail_bytes += len(block)
                 while tail_bytes - len(tail[0]) >= _TAIL_BYTES:
                     tail_bytes -= len(tail.popleft())
-                await stream.write(lines.feed(block))
+                await stream.write(amend(lines.feed(block)))
         except EngineGoneError as error:
             await stream.fail(error)
         _note_last_events(trace, b"".join(tail))
@@ -183,8 +189,10 @@ def _client(request: web.Request) -> str:
     return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else ""
 
 
-async def _whole(upstream: aiohttp.ClientResponse, trace: RequestTrace, content_type: str) -> web.Response:
-    body = await read_all(upstream)
+async def _whole(
+    upstream: aiohttp.ClientResponse, trace: RequestTrace, content_type: str, amend: Callable[[bytes], bytes]
+) -> web.Response:
+    body = amend(await read_all(upstream))
     trace.first_byte = time.monotonic()
     trace.bytes_out = len(body)
     try:

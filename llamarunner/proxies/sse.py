@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import orjson
 
 from llamarunner.errors import EngineGoneError
 
@@ -48,6 +51,24 @@ class WholeLines:
         if self._held > MAX_EVENT_BYTES:
             raise EngineGoneError("the engine sent an event without an end")
         return out
+
+
+def amend_lines(data: bytes, mark: bytes, amend: Callable[[dict[str, Any]], None]) -> bytes:
+    """`data` (whole lines of a stream, or a whole answer) with each JSON object that holds `mark` changed by `amend`;
+    everything else stays byte for byte."""
+    if mark not in data:
+        return data
+    return b"\n".join(_amended(line, amend) if mark in line else line for line in data.split(b"\n"))
+
+
+def _amended(line: bytes, amend: Callable[[dict[str, Any]], None]) -> bytes:
+    prefix = b"data: " if line.startswith(b"data: ") else b""
+    try:
+        record = orjson.loads(line[len(prefix) :])
+        amend(record)
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return line  # it has not the shape of an answer
+    return prefix + orjson.dumps(record)
 
 
 async def event_batches(read: Callable[[], Awaitable[bytes]]) -> AsyncIterator[list[bytes]]:

@@ -125,16 +125,15 @@ def caches(details: ModelDetails, settings: CacheSettings) -> Caches:
     window = known.number("attention.sliding_window") or (_LLAMA4_WINDOW if known.architecture == "llama4" else 0)
     near = _padded(min(far, window * (settings.slots if settings.unified else 1) + settings.ubatch))
     windowed, remembers, states = _windowed(known, window), _remembers(known), _states(known)
-    keeps_state = state_bytes(known)
+    keeps_state, rows = state_bytes(known), _rows(known, settings, windowed)
     layers, snapshot = [], 0
     for block in range(known.blocks):
         kept = settings.slots * keeps_state if states[block] else 0
         snapshot += keeps_state if states[block] else 0
         if remembers[block]:
             short = windowed[block] and not settings.full_windows
-            bytes_ = _row_bytes(known, settings, block, windowed[block]) * (near if short else far)
-            kept += bytes_ * streams
-            snapshot += bytes_ if short else 0
+            kept += rows[block] * (near if short else far) * streams
+            snapshot += rows[block] * min(near, window + settings.ubatch) if short else 0
         layers.append(kept)
     cells = [far]
     if any(windowed):
@@ -146,21 +145,18 @@ def _padded(cells: int) -> int:
     return -(-cells // _PAD) * _PAD
 
 
-def _row_bytes(known: Hyperparameters, settings: CacheSettings, block: int, windowed: bool) -> int:
-    """Key and value of one token in one block."""
-    heads = known.each("attention.head_count_kv", known.heads)[block]
-    lengths = {}
-    for part in ("key", "value"):
-        length = known.each(f"attention.{part}_length", known.head_width)[block]
-        if windowed:
-            length = known.each(f"attention.{part}_length_swa", length)[block]
-        lengths[part] = length * heads
-    if known.is_mla:
-        lengths["value"] = 0  # it is made from the key's row
-    return (
-        lengths["key"] * TYPE_BYTES.get(settings.key_type, 512)
-        + lengths["value"] * TYPE_BYTES.get(settings.value_type, 512)
-    ) // 256
+def _rows(known: Hyperparameters, settings: CacheSettings, windowed: tuple[bool, ...]) -> tuple[int, ...]:
+    """Key and value of one token in each block."""
+    heads = known.each("attention.head_count_kv", known.heads)
+    parts = []
+    for part, kind in (("key", settings.key_type), ("value", settings.value_type)):
+        wide = known.each(f"attention.{part}_length", known.head_width)
+        short = known.each(f"attention.{part}_length_swa", -1)
+        lengths = [s if is_short and s >= 0 else w for w, s, is_short in zip(wide, short, windowed, strict=True)]
+        if known.is_mla and part == "value":  # it is made from the key's row
+            lengths = [0] * len(lengths)
+        parts.append([h * length * TYPE_BYTES.get(kind, 512) for h, length in zip(heads, lengths, strict=True)])
+    return tuple((key + value) // 256 for key, value in zip(*parts, strict=True))
 
 
 def _windowed(known: Hyperparameters, window: int) -> tuple[bool, ...]:

@@ -39,9 +39,8 @@ KEY_REFUSED = "key_refused"
 """Causes of a LoadError beside those of `crash.CauseKind`."""
 
 _PORT_TRIES = 3
-_POLL_FIRST_S = 0.05
-_POLL_MOST_S = 0.25
-_POLL_GROWTH = 1.3
+_POLL_LEAST_S, _POLL_MOST_S = 0.02, 0.25
+_POLL_SHARE = 0.05  # of the time a load has taken: so little may pass until it is seen to be over
 _PROBE_S = 2.0
 _CHECK_S = 10.0  # between looks at a server elsewhere
 _TAIL_LINES = 20  # given with an error
@@ -241,7 +240,7 @@ class Runner:
 
     async def _poll(self, plan: LaunchPlan, process: EngineProcess) -> Props:
         """Until it is ready. Raises StrangerError, and LoadError where there is no progress for too long."""
-        pause, last = _POLL_FIRST_S, None
+        begun, last = time.monotonic(), None
         while (left := self._progress_at + plan.load_timeout_s - time.monotonic()) > 0:
             answer = await ask_health(self._session, plan, process, min(_PROBE_S, left))
             if answer != last:
@@ -250,8 +249,8 @@ class Runner:
                 self._become(RunnerState.LOADING, "the engine is reading the model")
             if answer is not None and 200 <= answer < 300:
                 return await read_props(self._session, plan, process)
-            await asyncio.sleep(pause)
-            pause = min(pause * _POLL_GROWTH, _POLL_MOST_S)
+            elapsed = time.monotonic() - begun
+            await asyncio.sleep(min(max(_POLL_SHARE * elapsed, _POLL_LEAST_S), _POLL_MOST_S))
         tail = self._tail(_TAIL_LINES)
         raise LoadError(
             f"{self.model.name} could not be loaded: no progress for {format_duration(plan.load_timeout_s)}",

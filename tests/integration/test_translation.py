@@ -386,6 +386,23 @@ async def test_each_write_is_whole_lines_however_the_engine_cuts(fake: Serving, 
     assert all(block.endswith(b"\n") for block in passed.chunks)
 
 
+async def test_thoughts_have_both_names_on_ollamas_port(fake: Serving) -> None:
+    thought = chunk('{"reasoning_content":"Hm"}')
+    fake.script.replay(ROLE + thought + HELLO + END + DONE, chunk_bytes=50)
+    raw = (await events(fake, "ollama")).decode()
+    before, amended, after = raw.partition(
+        json.dumps({"reasoning_content": "Hm", "reasoning": "Hm"}, separators=(",", ":"))
+    )
+    assert amended
+    assert before.startswith(ROLE)
+    assert after.endswith(HELLO + END + DONE), "the rest is passed on byte for byte"
+    assert (await events(fake, "lmstudio")).decode() == ROLE + thought + HELLO + END + DONE
+    fake.script.set(reasoning=["H", "m"], tokens=["x"])
+    async with aiohttp.ClientSession(fake.ollama) as session, session.post("/v1/chat/completions", json=ASK) as answer:
+        message = (await answer.json())["choices"][0]["message"]
+    assert message["reasoning"] == message["reasoning_content"] == "Hm"
+
+
 async def test_a_large_event_arrives_whole(fake: Serving) -> None:
     text = "x" * 3_000_000
     fake.script.replay(ROLE + chunk(json.dumps({"content": text})) + END + DONE)
@@ -408,6 +425,9 @@ async def test_v0_adds_its_figures_to_the_last_event(fake: Serving) -> None:
     raw = await events(fake, "lmstudio", "/api/v0/chat/completions")
     error = json.loads(raw.strip().splitlines()[-1].removeprefix(b"data: "))
     assert error["message"] == error["error"]["message"] == "Compute error."
+    passed = await events(fake, "lmstudio")
+    assert passed.startswith((ROLE + HELLO).encode())
+    assert json.loads(passed.strip().splitlines()[-1].removeprefix(b"data: ")) == error
 
 
 async def test_traces_tell_what_happened(fake: Serving) -> None:

@@ -47,6 +47,8 @@ def test_what_clients_send_is_let_through() -> None:
         (None, "messages must be an array, not null"), ("x", "messages must be an array, not string"),
         (["x"], "messages[0] must be an object, not string"),
         ([{"role": 1}], "messages[0].role must be a string, not number"),
+        ([{"role": "tool", "name": {}}], "messages[0].name must be a string, not object"),
+        ([{"role": "user", "reasoning_content": []}], "messages[0].reasoning_content must be a string, not array"),
         ([{"content": "x"}], "messages[0].role must be a string, not null"),
         ([{"role": "user", "content": 5}], "messages[0].content must be a string or an array, not number"),
         ([{"role": "user", "content": [{"type": "x"}]}],

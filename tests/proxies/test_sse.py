@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llamarunner.errors import EngineGoneError
 from llamarunner.proxies import sse
-from llamarunner.proxies.sse import EventSplitter, WholeLines
+from llamarunner.proxies.sse import EventSplitter, WholeLines, amend_lines
 
 STREAM = (
     b': ping\n\ndata: {"a":"\xc3\xa9\xe4\xb8\xad"}\n\nevent: error\r\ndata: {"b":2}\r\n\r\n'
@@ -56,3 +56,13 @@ def test_a_line_without_end_is_not_held_for_ever(monkeypatch: pytest.MonkeyPatch
     assert lines.feed(b"x" * 1000) == b""
     with pytest.raises(EngineGoneError):
         lines.feed(b"x")
+
+
+def test_only_what_is_marked_is_amended() -> None:
+    def amend(record: dict[str, object]) -> None:
+        record["more"] = record["mark"]
+
+    data = b': ping "mark"\n\ndata: { "x" : 1 }\n\ndata: {"mark":1}\n\ndata: {"other":"mark"}\n\ndata: [DONE]\n\n'
+    assert amend_lines(data, b'"mark"', amend) == data.replace(b'{"mark":1}', b'{"mark":1,"more":1}')
+    assert amend_lines(b'{"mark":2}', b'"mark"', amend) == b'{"mark":2,"more":2}'
+    assert amend_lines(b'["mark"]', b'"mark"', amend) == b'["mark"]'

@@ -87,16 +87,16 @@ def test_the_fewest_gpus_share_it_by_their_memory() -> None:
 def test_eight_unequal_gpus() -> None:
     free = [3, 7, 2, 5, 4, 6, 3, 2]
     gpus = [gpu(number, size * GIB) for number, size in enumerate(free)]
-    need = needs(layers=22)  # 23 GiB: the five largest have 25 and keep 600 MiB each
+    need = needs(layers=22)  # 23 times 1 GiB, and each GPU keeps 600 MiB for itself: 6 + 5 + 4 + 3 + 2 + 2 + 1
     found = placed(place(need, [ram(), *gpus], partial="refuse"))
-    assert found.devices == ("gpu1", "gpu5", "gpu3", "gpu4", "gpu0", "gpu6")
+    assert found.devices == ("gpu1", "gpu5", "gpu3", "gpu4", "gpu0", "gpu6", "gpu2")
     assert sum(found.tensor_split) == 23
     assert list(found.tensor_split) == sorted(found.tensor_split, reverse=True)
 
 
 def test_spread_uses_all_of_them() -> None:
     found = placed(place(needs(), [ram(), gpu(0, 24 * GIB), gpu(1, 24 * GIB), gpu(2, 12 * GIB)], spread=True))
-    assert found.tensor_split == (5, 4, 2)
+    assert found.tensor_split == (5, 5, 1)  # no GPU is fuller than it must be: the last has what is over
 
 
 def test_part_of_it_in_ram() -> None:
@@ -131,7 +131,7 @@ def test_a_projector_and_a_draft_model_take_the_first() -> None:
     assert refused(place(need, [ram(), gpu(0, 7 * GIB), gpu(1, 8 * GIB)], partial="refuse"))
 
 
-# --- what the configuration wants --------------------------------------------------------------------------------------
+# --- what the configuration wants -------------------------------------------------------------------------------------
 
 
 def test_pinned_to_devices() -> None:
@@ -183,8 +183,6 @@ def test_a_visible_devices_variable_narrows_the_choice() -> None:
     devices = [ram(), gpu(0, 24 * GIB), gpu(1, 24 * GIB), gpu(2, 24 * GIB)]
 
     def seen(variable: str) -> tuple[str, ...]:
-        split = "" if not variable else ",".join("1" for _ in variable.split(","))
-        del split
         return placed(place(needs(wishes=Wishes(visible=variable)), devices, spread=True)).devices
 
     assert seen("1,0") == ("gpu1", "gpu0")
@@ -223,7 +221,7 @@ machines = st.tuples(sizes.map(lambda size: ram(4 * size)), st.lists(sizes, max_
 partials = st.sampled_from(("offload", "refuse"))
 
 
-@settings(max_examples=300)
+@settings(max_examples=120, deadline=None)
 @given(any_need(), machines, partials, st.booleans())
 def test_no_device_is_overcommitted(need: Need, devices: list[Device], partial: Partial, spread: bool) -> None:
     found = place(need, devices, partial=partial, spread=spread)
@@ -243,7 +241,7 @@ def test_no_device_is_overcommitted(need: Need, devices: list[Device], partial: 
         assert found.gpu_layers == need.units
 
 
-@settings(max_examples=300)
+@settings(max_examples=120, deadline=None)
 @given(any_need(), machines, partials, st.booleans(), st.integers(0, 8), st.integers(1, 5 * GIB))
 def test_more_memory_never_makes_it_worse(
     need: Need, devices: list[Device], partial: Partial, spread: bool, which: int, more: int
@@ -317,11 +315,11 @@ def test_ram_is_made_room_in_with_the_same_words() -> None:
     assert refused(plan_room(needs(layers=40), [device], holders)).blockers == ()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     any_need(),
     st.sampled_from((1, 2, 8)),
-    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 40), st.booleans(), st.booleans()), max_size=7),
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 40), st.booleans(), st.booleans()), max_size=5),
     partials,
     st.data(),
 )
@@ -358,14 +356,15 @@ def test_nobody_leaves_who_need_not(
 
 def test_it_is_quick() -> None:
     need = needs(layers=94, each=GIB // 4)
-    gpus = [full(number, 20) for number in range(8)]
+    gpus = [full(number, 23.5) for number in range(8)]
     holders = [held(f"h{number}", f"gpu{number % 8}", 2.5, number) for number in range(64)]
     took = []
     for _ in range(3):
         start = time.perf_counter()
-        room(plan_room(need, [ram(), *gpus], holders))
+        found = room(plan_room(need, [ram(), *gpus], holders))
+        assert len(found.evict) > 5
         took.append(time.perf_counter() - start)
-    assert min(took) < 0.25  # 20 ms on an idle core, in a case far worse than any machine's
+    assert min(took) < 0.1  # 5 ms on an idle core, in a case far worse than any machine's
 
 
 def test_what_every_gpu_takes_is_counted_for_each() -> None:

@@ -17,11 +17,11 @@ from llamarunner.proxies.body import json_kind, parse_object, read_body
 from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.figures import note_figures
 from llamarunner.proxies.lmstudio import describe
-from llamarunner.proxies.lmstudio.errors import FieldError, NoModelError, error_body, stream_error
+from llamarunner.proxies.lmstudio.errors import FieldError, NoModelError, error_body, repeat_message, stream_error
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
-from llamarunner.proxies.sse import DONE, event_batches
+from llamarunner.proxies.sse import DONE, amend_lines, event_batches
 from llamarunner.proxies.stream import EventStream
 from llamarunner.proxies.upstream import parse_answer, read_all, read_block
 from llamarunner.runners.manager import Lease
@@ -115,6 +115,9 @@ class LMStudioOpenAI(OpenAIRoutes):
         created = int(model.modified_at)  # LM Studio leaves it out, and strict clients break on that
         return {"id": model.name, "object": "model", "created": created, "owned_by": "organization_owner"}
 
+    def amend(self, data: bytes) -> bytes:
+        return amend_lines(data, b'"error"', repeat_message)
+
     def keep_alive(self, body: dict[str, Any]) -> float | None:
         ttl = body.get("ttl")
         if ttl is None:
@@ -180,7 +183,8 @@ class _Tail:
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         if isinstance(record.get("error"), dict):
             self._trace.error = "the engine reported an error"
-            return orjson.dumps({**record, "message": str(record["error"].get("message", self._trace.error))})
+            repeat_message(record)
+            return orjson.dumps(record)
         if not has_figures:
             return event
         note_figures(self._trace, record)

@@ -53,6 +53,11 @@ def stream_error(error: LlamaRunnerError) -> dict[str, Any]:
     return {"error": {"message": str(error)}, "message": str(error)}
 
 
+def repeat_message(record: dict[str, Any]) -> None:
+    """An error event of the engine as LM Studio has it: its message at the top as well."""
+    record["message"] = str(record["error"].get("message", "the engine reported an error"))
+
+
 def _model_not_found(error: ModelNotFoundError, names: Iterable[str]) -> dict[str, Any]:
     listed = "\n".join(list(names)[:_LISTED_MODELS]) or "(none)"
     nearest = f" {error.hint[:1].upper()}{error.hint[1:]}" if error.hint else ""

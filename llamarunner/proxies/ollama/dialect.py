@@ -42,7 +42,7 @@ from llamarunner.proxies.ollama.options import keep_alive_s
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
-from llamarunner.proxies.sse import event_batches
+from llamarunner.proxies.sse import amend_lines, event_batches
 from llamarunner.proxies.upstream import GONE, read_block
 from llamarunner.runners.manager import Lease
 
@@ -251,6 +251,9 @@ class OllamaDialect:
 class OllamaOpenAI(OpenAIRoutes):
     """/v1/* as Ollama has it, with its `keep_alive` as an extension."""
 
+    def amend(self, data: bytes) -> bytes:
+        return amend_lines(data, b'"reasoning_content"', _name_reasoning)
+
     def model_record(self, model: Model) -> dict[str, Any]:
         created = int(model.modified_at)
         return {"id": describe.tagged(model.name), "object": "model", "created": created, "owned_by": "library"}
@@ -274,6 +277,14 @@ class OllamaOpenAI(OpenAIRoutes):
         missing = [name for name in ("temperature", "top_p") if body.get(name) is None]
         body.update(dict.fromkeys(missing, 1.0))
         return bool(missing)
+
+
+def _name_reasoning(record: dict[str, Any]) -> None:
+    """Clients look for a model's thoughts under llama-server's name for them or Ollama's."""
+    for choice in record["choices"]:
+        part = choice.get("delta") or choice.get("message") or {}
+        if "reasoning_content" in part:
+            part["reasoning"] = part["reasoning_content"]
 
 
 async def _read(
