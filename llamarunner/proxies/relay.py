@@ -138,8 +138,8 @@ class Relay:
         dialect: Dialect,
         amend: Callable[[bytes], bytes],
     ) -> web.StreamResponse:
-        """The answer with its status and type; `amend` gets whole lines of a stream, or a whole answer, and returns them
-        as the dialect has them."""
+        """The answer with its status and type. `amend` is given whole lines of a stream, or a whole answer, and returns
+        them as the dialect has them."""
         content_type = upstream.headers.get("Content-Type", "application/json")
         if not content_type.startswith("text/event-stream"):
             return await _whole(upstream, trace, content_type, amend)
