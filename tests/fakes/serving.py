@@ -58,6 +58,10 @@ class Script:
         self.set(raw={"base64": base64.b64encode(raw).decode(), **how})
 
     @property
+    def ends_the_engine(self) -> bool:
+        return "exit" in json.loads(self.path.read_text(encoding="utf-8"))
+
+    @property
     def seen(self) -> list[dict[str, Any]]:
         if not self._record.exists():
             return []

@@ -381,6 +381,7 @@ async def test_a_killed_engine_is_replaced(run_service: RunService) -> None:
             os.kill(pid, signal.SIGKILL)
             rest = (await answer.read()).splitlines()
         assert "an error was encountered while running the model" in json.loads(rest[-1])["error"]
+        await soon(lambda: pid not in serving.service.manager.pids)
         serving.script.set()
         for _ in range(3):
             status, whole = await chat(serving)
