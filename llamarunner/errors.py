@@ -12,6 +12,7 @@
     └── EngineError             500  the engine could not serve
         ├── EngineMissingError  503  there is no program to run this model with
         ├── ModelFileError      500  the model's file is missing, cut short or not a GGUF
+        ├── DoesNotFitError     500  there is no memory for the model, and nothing that may leave would make any
         ├── LoadError           500  the engine ended, or made no progress, before it was ready
         └── EngineGoneError     500  the engine ended while it was answering
 
@@ -113,6 +114,14 @@ class EngineMissingError(EngineError):
 
 class ModelFileError(EngineError):
     code = "model_file"
+
+
+class DoesNotFitError(EngineError):
+    code = "does_not_fit"
+
+    def __init__(self, message: str) -> None:
+        """`message` has the numbers and who holds the memory."""
+        super().__init__(message, hint="a smaller context, fewer `parallel`, or a smaller quantisation takes less")
 
 
 class LoadError(EngineError):

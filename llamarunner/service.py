@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import aiohttp
 
+from llamarunner import paths
 from llamarunner.catalog.catalog import Catalog
 from llamarunner.catalog.stores import discover
 from llamarunner.config.load import LoadedConfig
@@ -17,13 +18,16 @@ from llamarunner.control.local import LocalBackend, Sources
 from llamarunner.engines.registry import make_engines
 from llamarunner.errors import LlamaRunnerError
 from llamarunner.events import Event, EventBus, RunnerChanged, RunnerState
+from llamarunner.gauge import HardwareGauge
 from llamarunner.instance import InstanceFile
 from llamarunner.proxies.lmstudio.dialect import LMStudioDialect
 from llamarunner.proxies.ollama.dialect import OllamaDialect
 from llamarunner.proxies.proxy import HttpProxy
 from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.upstream import upstream_session
+from llamarunner.runners.footprints import Footprints
 from llamarunner.runners.guardian import Guardian
+from llamarunner.runners.ledger import Ledger
 from llamarunner.runners.manager import RunnerManager
 from llamarunner.telemetry.hardware import HardwareSampler
 from llamarunner.telemetry.logs import LogBook
@@ -96,6 +100,9 @@ class Service:
             asyncio.to_thread(make_engines, config), asyncio.to_thread(discover, config)
         )
         self._session = upstream_session()
+        self._hardware.start()
+        footprints = Footprints(paths.state_dir() / "footprints.json")
+        await asyncio.to_thread(footprints.load)
         self._manager = RunnerManager(
             engines,
             config.scheduler,
@@ -103,8 +110,8 @@ class Service:
             guardian=self._guardian,
             session=self._session,
             log_for=self._logs.open,
+            ledger=Ledger(HardwareGauge(self._hardware, config.scheduler, self._engine_pids), footprints),
         )
-        self._hardware.start()
         relay = Relay(self._manager, lambda: self._catalog, bus=self._bus, session=self._session)
         self.proxies = [
             self._proxy(OllamaDialect(relay, self._memory_by_pid)),

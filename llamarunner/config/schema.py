@@ -272,6 +272,8 @@ class ModelSettings(Section):
     """A template llama.cpp knows by name ("chatml"), or the path of a .jinja file; the model's own otherwise."""
     embeddings: bool | None = None
     """Serve embeddings as well. Unset: only for models made for them."""
+    devices: list[str] = []
+    """The only devices it may use: "gpu0", "gpu1", ..., a GPU's UUID, or "ram"; any if empty."""
     flags: dict[str, FlagValue] = {}
     """Any further flag of the engine by its long name without dashes; true gives the bare flag, false leaves it out,
     a list repeats it."""
@@ -295,12 +297,18 @@ class DiscoveryConfig(Section):
 
 
 class SchedulerConfig(Section):
-    max_loaded: Annotated[int, Field(ge=1)] = 1
-    """Models loaded at once; another one is loaded once an idle one has left."""
+    max_loaded: Annotated[int, Field(ge=0)] = 0
+    """Models loaded at once; 0 for as many as fit into memory."""
     max_queue: Annotated[int, Field(ge=1)] = 512
     """Requests that may wait for a model; one more is refused with 503."""
     max_wait: Duration = 60.0
     """After waiting this long for room, a request closes a busy model to new ones, so that its own turn comes."""
+    gpu_reserve: Size = 512 * 1024**2
+    """Memory of each GPU that is left free."""
+    ram_reserve: Size = 1024**3
+    """Memory of the machine that is left free."""
+    partial_offload: bool = True
+    """A model that fits no GPU may lie partly in RAM, which is slow; false refuses it."""
 
 
 class TuiConfig(Section):

@@ -11,10 +11,12 @@ import asyncio
 import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import aiohttp
 
@@ -22,6 +24,7 @@ from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import SchedulerConfig
 from llamarunner.engines.engine import Engine
 from llamarunner.errors import (
+    DoesNotFitError,
     EngineError,
     EngineGoneError,
     EngineMissingError,
@@ -30,11 +33,15 @@ from llamarunner.errors import (
     OverloadedError,
 )
 from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerState
+from llamarunner.runners.crash import CauseKind
+from llamarunner.runners.footprints import Footprints
 from llamarunner.runners.guardian import Guardian
+from llamarunner.runners.ledger import Ledger, NoGauge, placed
 from llamarunner.runners.outlook import Outlook, outlooks
 from llamarunner.runners.place import Place, Residence, Waiter, not_yet
+from llamarunner.runners.placement import Placement
 from llamarunner.runners.runner import EngineLog, Runner
-from llamarunner.runners.scheduler import Drain, Facts, Load, Unload, Waiting, decide
+from llamarunner.runners.scheduler import Drain, Facts, Load, Refuse, Unload, Waiting, decide
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +71,16 @@ class RunnerManager:
         guardian: Guardian,
         session: aiohttp.ClientSession,
         log_for: Callable[[str], EngineLog],
+        ledger: Ledger | None = None,
     ) -> None:
+        """Without a `ledger` nothing is known of memory, and only `max_loaded` limits what is loaded."""
         self._engines = engines
         self._settings = settings
         self._bus = bus
         self._guardian = guardian
         self._session = session
         self._log_for = log_for
+        self._ledger = ledger or Ledger(NoGauge(), Footprints(Path(os.devnull)))
         self._loop = asyncio.get_running_loop()
         self._places: dict[str, Place] = {}
         self._numbers = itertools.count(1)
@@ -113,6 +123,10 @@ class RunnerManager:
         """One lease counted in `place`, now or when it is this waiter's turn."""
         if self._closing:
             raise OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
+        if not place.can_serve_now:
+            await self._ledger.estimate(place, self._engines.get(place.model.settings.engine))
+            if self._closing:
+                raise OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
         if place.can_serve_now and place.runner is not None:
             self._count_lease(place, keep_alive_s)
             return place.runner
@@ -279,11 +293,17 @@ class RunnerManager:
         waiting = sorted((p for p in self._places.values() if p.waiters), key=lambda p: p.waiters[0].number)
         return Facts(
             now=time.monotonic(),
-            residents=[place.resident() for place in self._places.values() if place.runner is not None],
-            waiting=[Waiting(place.model.name, place.waiters[0].since) for place in waiting],
-            max_loaded=self._settings.max_loaded,
+            residents=[p.resident(self._ledger.held(p)) for p in self._places.values() if p.runner is not None],
+            waiting=[self._waiting(place) for place in waiting],
             max_wait_s=self._settings.max_wait,
+            max_loaded=self._settings.max_loaded,
+            devices=self._ledger.devices() if waiting else (),
+            partial="offload" if self._settings.partial_offload else "refuse",
         )
+
+    def _waiting(self, place: Place) -> Waiting:
+        need = self._ledger.need(place) if place.runner is None else None
+        return Waiting(place.model.name, place.waiters[0].since, need, tuple(place.model.settings.devices))
 
     def _reconsider(self) -> None:
         """Ask the scheduler, do what it says, and set the alarm for when to ask again."""
@@ -297,13 +317,15 @@ class RunnerManager:
         for action in decision.actions:
             place = self._places[action.model]
             match action:
-                case Load():
-                    self._start(place)
+                case Load(placement=placement):
+                    self._start(place, placement)
                 case Unload(reason=reason):
                     self._stop(place, reason)
                 case Drain(reason=reason):
                     if place.runner is not None:
                         place.runner.drain(reason)
+                case Refuse(message=message):
+                    self._fail(place, DoesNotFitError(message))
         if self._wake is not None:
             self._wake.cancel()
         if math.isinf(decision.wake_at):
@@ -317,7 +339,7 @@ class RunnerManager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _start(self, place: Place) -> None:
+    def _start(self, place: Place, placement: Placement | None) -> None:
         model = place.model
         engine = self._engines.get(model.settings.engine)
         if place.failure is not None and (wait_s := place.restarts.wait_s(time.monotonic())) > 0:
@@ -327,8 +349,9 @@ class RunnerManager:
         if engine is None:
             self._fail(place, EngineMissingError(f"there is no engine '{model.settings.engine}'"))
             return
+        place.placement, place.engine_kind = placement, engine.kind
         runner = Runner(
-            model,
+            placed(model, placement),
             engine,
             log=self._log_for(model.name),
             bus=self._bus,
@@ -350,7 +373,8 @@ class RunnerManager:
         try:
             await runner.start()
         except EngineError as error:
-            self._give_up(place, runner, error)
+            if not await self._made_room_after(place, error):
+                self._give_up(place, runner, error)
         except LlamaRunnerError as error:  # its configuration asks for what its engine has not
             self._give_up(place, runner, EngineError(error.message, hint=error.hint))
         except Exception:
@@ -360,9 +384,30 @@ class RunnerManager:
             )
         else:
             place.load_s = runner.load_s
+            place.is_second_try = False
+            self._own(self._ledger.measure(place), f"measure {place.model.name}")
             place.idle_since = time.monotonic()
             self._serve_waiters(place, runner)
         self._reconsider()
+
+    async def _made_room_after(self, place: Place, error: EngineError) -> bool:
+        """Out of memory: unload every idle model, once, and let the load be tried again."""
+        idle = [
+            other
+            for other in self._places.values()
+            if other is not place and other.runner is not None and other.resident().is_evictable
+        ]
+        out_of_memory = isinstance(error, LoadError) and error.cause == CauseKind.OUT_OF_MEMORY
+        if not out_of_memory or not idle or place.is_second_try or place.stopping or not place.waiters:
+            return False
+        place.is_second_try = True
+        logger.warning("%s ran out of memory: unloading %d idle models and trying again", place.model.name, len(idle))
+        leaving = [other.runner for other in idle if other.runner is not None]
+        for other in idle:
+            self._stop(other, f"evicted for {place.model.name}, which ran out of memory")
+        await asyncio.gather(*(runner.wait_ended() for runner in leaving))
+        place.runner = None
+        return True
 
     def _give_up(self, place: Place, runner: Runner, error: EngineError) -> None:
         if place.runner is runner and not place.stopping:  # else whoever stops it tidies up
@@ -370,6 +415,7 @@ class RunnerManager:
             self._fail(place, error)
 
     def _fail(self, place: Place, error: EngineError) -> None:
+        place.is_second_try = False
         place.failure = error
         place.failed_at = time.monotonic()
         if isinstance(error, LoadError | EngineGoneError):  # others cost nothing to find out again
@@ -382,8 +428,12 @@ class RunnerManager:
             self._own(self._take_down(place, place.runner, reason), f"unload {place.model.name}")
 
     async def _take_down(self, place: Place, runner: Runner, reason: str) -> None:
+        self._ledger.note_growth(place)
+        held, used = self._ledger.held(place), self._ledger.used()
         try:
             await runner.stop(reason)
+            if not self._closing:
+                await self._ledger.wait_until_back(held, used)
         finally:
             place.runner = None
             place.stopping = False

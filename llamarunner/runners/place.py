@@ -6,11 +6,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.errors import EngineError, LoadError
 from llamarunner.events import RequestTrace, RunnerState
+from llamarunner.runners.memory import Need
+from llamarunner.runners.placement import Placement
 from llamarunner.runners.restarts import OPEN_AFTER, WINDOW_S, Restarts
 from llamarunner.runners.runner import Runner
 from llamarunner.runners.scheduler import Resident
@@ -56,6 +59,11 @@ class Place:
     failure: EngineError | None = None  # of the newest load or run, until the next one begins
     failed_at: float = 0.0
     stopping: bool = False
+    placement: Placement | None = None  # of its runner, or of the last it had
+    need: Need | None = None  # as estimated; see `ledger.py`
+    need_of: Model | None = None  # the model it was estimated of
+    engine_kind: str = ""
+    is_second_try: bool = False  # its load ran out of memory, and idle models were unloaded for it
     load_s: float | None = None  # of the newest load that succeeded
     answer_s: float | None = None  # average time a lease is held, the newest counting most
 
@@ -82,8 +90,8 @@ class Place:
         before = seconds if self.answer_s is None else self.answer_s
         self.answer_s = before + _NEWEST_WEIGHT * (seconds - before)
 
-    def resident(self) -> Resident:
-        """The scheduler's view of it; it has a runner."""
+    def resident(self, held: Mapping[str, int] | None = None) -> Resident:
+        """The scheduler's view of it; it has a runner. `held` is its memory."""
         assert self.runner is not None
         return Resident(
             model=self.model.name,
@@ -93,6 +101,7 @@ class Place:
             pinned=self.model.settings.pin,
             idle_since=self.idle_since,
             keep_alive_s=self.keep_alive_s,
+            held=held or {},
         )
 
     def residence(self, now: float) -> Residence:

@@ -1,23 +1,28 @@
-"""Who is loaded and who must leave: facts in, actions out. No I/O, no clock of its own, no asyncio.
+"""Who is loaded, where, and who must leave: facts in, actions out. No I/O, no clock of its own, no asyncio.
 
 The rules:
-- A model that somebody waits for is loaded as soon as there is room; models wait their turn in the order of their first
-  waiter, and all waiters of one model go together (A B A B is served A A B B).
-- Room is made by unloading a model nobody uses: one whose load nobody waits for any more, then the idle one with the
-  least keep_alive left. Pinned models and models that are answering never leave for another.
-- A waiter that has waited `max_wait_s` closes the doors of a busy model: it takes no new requests, finishes those it
-  has, and leaves. So a steady stream on one model cannot starve another.
+- A model that somebody waits for is loaded as soon as there is room on the devices; models wait their turn in the order
+  of their first waiter, and all waiters of one model go together (A B A B is served A A B B). Room that was promised to
+  one is not given to another, but who needs other room need not wait.
+- Room is made by unloading models nobody uses: loads nobody waits for any more first, then the idle ones, the least
+  keep_alive left first, and no more of them than needed. Pinned models and models that are answering never leave.
+- A waiter that has waited `max_wait_s` closes the doors of the busy models in its way: they take no new requests,
+  finish those they have, and leave. So a steady stream on one model cannot starve another.
+- What cannot fit even then is refused at once, with the numbers.
 - A model idle for its keep_alive is unloaded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from llamarunner.events import RunnerState
-from llamarunner.units import format_duration
+from llamarunner.runners.memory import Need
+from llamarunner.runners.placement import Device, Partial, Placement, Refusal, place
+from llamarunner.runners.room import Holder, plan_room, without
+from llamarunner.units import format_duration, format_size
 
 _LEAVING = (RunnerState.DRAINING, RunnerState.STOPPING)
 _COMING = (RunnerState.STARTING, RunnerState.LOADING)
@@ -34,10 +39,21 @@ class Resident:
     pinned: bool = False
     idle_since: float | None = None  # None while it loads or answers
     keep_alive_s: float = math.inf
+    held: Mapping[str, int] = field(default_factory=dict)  # bytes of each device it has, or was promised
 
     @property
     def expires(self) -> float:
         return math.inf if self.idle_since is None or self.pinned else self.idle_since + self.keep_alive_s
+
+    @property
+    def is_abandoned(self) -> bool:
+        """A load nobody waits for any more."""
+        return self.state in _COMING and self.leases == 0 and self.waiters == 0
+
+    @property
+    def is_evictable(self) -> bool:
+        is_idle = self.state is RunnerState.READY and self.leases == 0 and self.idle_since is not None
+        return not self.pinned and self.waiters == 0 and (self.is_abandoned or is_idle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +62,8 @@ class Waiting:
 
     model: str
     since: float  # of its first waiter
+    need: Need | None = None  # None: it takes no memory here, or nobody knows how much
+    devices: tuple[str, ...] = ()  # the only ones it may use; () for any
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +71,16 @@ class Facts:
     now: float
     residents: Sequence[Resident]
     waiting: Sequence[Waiting]  # in the order of their first waiter
-    max_loaded: int
     max_wait_s: float
+    max_loaded: int = 0  # models at once; 0 for as many as fit
+    devices: Sequence[Device] = ()  # without what our residents hold; () where memory is not known
+    partial: Partial = "offload"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     model: str
+    placement: Placement | None = None  # None where the engine may decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +99,15 @@ class Drain:
     reason: str
 
 
-Action = Load | Unload | Drain
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Nothing that may leave makes room for it."""
+
+    model: str
+    message: str
+
+
+Action = Load | Unload | Drain | Refuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +119,12 @@ class Decision:
 def decide(facts: Facts) -> Decision:
     expired = [_expiry(resident) for resident in facts.residents if _has_expired(resident, facts.now)]
     leaving = {action.model for action in expired}
-    room = _make_room(facts, leaving)
-    return Decision((*expired, *room), _wake_at(facts, leaving))
+    house = _House(facts, leaving)
+    resident = {resident.model for resident in facts.residents}
+    for waiting in facts.waiting:
+        if waiting.model not in resident:
+            house.serve(waiting)
+    return Decision((*expired, *house.actions), _wake_at(facts, leaving))
 
 
 def _has_expired(resident: Resident, now: float) -> bool:
@@ -104,46 +137,145 @@ def _expiry(resident: Resident) -> Unload:
     return Unload(resident.model, f"idle for {format_duration(resident.keep_alive_s)}")
 
 
-def _make_room(facts: Facts, leaving: set[str]) -> list[Action]:
-    """Loads and evictions, first come first served: each place that is or becomes free is promised to one model."""
-    actions: list[Action] = []
-    resident_models = {resident.model for resident in facts.residents}
-    queue = [waiting for waiting in facts.waiting if waiting.model not in resident_models]
-    free = facts.max_loaded - len(facts.residents)
-    coming_free = len(leaving) + sum(resident.state in _LEAVING for resident in facts.residents)
-    candidates = [r for r in facts.residents if r.model not in leaving and r.state not in _LEAVING and not r.pinned]
-    for waiting in queue:
-        if free > 0:
-            free -= 1
-            actions.append(Load(waiting.model))
-        elif coming_free > 0:
-            coming_free -= 1
-        elif (victim := _victim(candidates)) is not None:
-            candidates.remove(victim)
-            actions.append(Unload(victim.model, f"evicted for {waiting.model}"))
-        elif facts.now - waiting.since >= facts.max_wait_s and (victim := _busiest_stay(candidates)) is not None:
-            candidates.remove(victim)
-            waited = format_duration(facts.now - waiting.since)
-            actions.append(Drain(victim.model, f"makes room for {waiting.model}, which waited {waited}"))
-    return actions
+class _House:
+    """The room there is, now and once those who leave have left, as waiters are served one after the other."""
+
+    def __init__(self, facts: Facts, leaving: set[str]) -> None:
+        self.actions: list[Action] = []
+        self._facts = facts
+        self._going = {r.model for r in facts.residents if r.model in leaving or r.state in _LEAVING}
+        self._staying = [resident for resident in facts.residents if resident.model not in self._going]
+        self._freed = [
+            _holder(resident, order=-math.inf) for resident in facts.residents if resident.model in self._going
+        ]
+        # what is taken now, and once those who leave have left and those it was promised to have come
+        self._now = self._then = _with_held(facts.devices, [resident.held for resident in facts.residents])
+        self._places = facts.max_loaded - len(facts.residents) if facts.max_loaded else math.inf
+        self._places_coming = len(self._going)
+
+    def serve(self, waiting: Waiting) -> None:
+        """Load it, or clear the way for it and keep the room for when it is cleared."""
+        is_patient = self._facts.now - waiting.since < self._facts.max_wait_s
+        has_place = self._places > 0
+        if not has_place and not self._find_place(waiting, is_patient=is_patient):
+            return
+        plan = self._plan(waiting)
+        if isinstance(plan, Refusal):
+            self._refused(waiting, plan, is_patient=is_patient)
+            return
+        evict, placement = plan
+        for name in evict:
+            self._evict(name, waiting, placement)
+        if has_place:
+            self._places -= 1
+            if not evict:
+                placement = self._load(waiting, placement)
+        if placement is not None:  # theirs from now on, though it may take a while until it is free
+            self._then = _with_held(without(self._then, self._among(evict)), [placement.bytes_by_device])
+            self._freed = [holder for holder in self._freed if holder.name not in evict]
+            coming = Resident(waiting.model, RunnerState.LOADING, waiters=1, held=placement.bytes_by_device)
+            self._staying.append(coming)  # whoever comes after may wait for it to leave again
+
+    def _load(self, waiting: Waiting, planned: Placement | None) -> Placement | None:
+        """Now, where there is room that nobody who leaves must give back first; otherwise it waits as planned."""
+        if waiting.need is None or planned is None:
+            self.actions.append(Load(waiting.model))
+            return None
+        fits = place(waiting.need, _fuller(self._now, self._then), pinned=waiting.devices, partial=self._facts.partial)
+        if isinstance(fits, Refusal) or (fits.gpu_layers or 0) < (planned.gpu_layers or 0):
+            return planned
+        self.actions.append(Load(waiting.model, fits))
+        self._now = _with_held(self._now, [fits.bytes_by_device])
+        return fits
+
+    def _plan(self, waiting: Waiting) -> tuple[tuple[str, ...], Placement | None] | Refusal:
+        if waiting.need is None or not self._then:
+            return (), None
+        holders = [*self._freed, *map(_holder, self._staying)]
+        found = plan_room(waiting.need, self._then, holders, pinned=waiting.devices, partial=self._facts.partial)
+        return found if isinstance(found, Refusal) else (found.evict, found.placement)
+
+    def _find_place(self, waiting: Waiting, *, is_patient: bool) -> bool:
+        """Where only so many may be loaded: the place of one that leaves."""
+        if self._places_coming > 0:
+            self._places_coming -= 1
+            return True
+        idle = [resident for resident in self._staying if resident.is_evictable]
+        if idle:
+            victim = min(idle, key=_order)
+            self._unload(victim.model, f"evicted for {waiting.model}")
+            return True
+        if not is_patient:
+            busy = [r for r in self._staying if r.state is RunnerState.READY and not r.pinned]
+            self._drain(min(busy, key=lambda r: r.leases, default=None), waiting)
+        return False
+
+    def _refused(self, waiting: Waiting, refusal: Refusal, *, is_patient: bool) -> None:
+        if not refusal.blockers:
+            if not self._freed:  # what leaves now may give back more than is known
+                self.actions.append(Refuse(waiting.model, refusal.message))
+        elif not is_patient:
+            for resident in [resident for resident in self._staying if resident.model in refusal.blockers]:
+                if resident.state is RunnerState.READY:
+                    self._drain(resident, waiting)
+
+    def _evict(self, name: str, waiting: Waiting, placement: Placement | None) -> None:
+        if name not in self._going:
+            needed = ", ".join(
+                f"{format_size(size)} on {device}"
+                for device, size in (placement.bytes_by_device if placement is not None else {}).items()
+                if size
+            )
+            self._unload(name, f"evicted for {waiting.model}: needs {needed}")
+
+    def _unload(self, name: str, reason: str) -> None:
+        self.actions.append(Unload(name, reason))
+        self._leave(name)
+
+    def _drain(self, resident: Resident | None, waiting: Waiting) -> None:
+        if resident is not None:
+            waited = format_duration(self._facts.now - waiting.since)
+            self.actions.append(Drain(resident.model, f"makes room for {waiting.model}, which waited {waited}"))
+            self._leave(resident.model)
+
+    def _leave(self, name: str) -> None:
+        self._going.add(name)
+        self._freed += [_holder(resident, order=-math.inf) for resident in self._staying if resident.model == name]
+        self._staying = [resident for resident in self._staying if resident.model != name]
+
+    def _among(self, names: Sequence[str]) -> list[Holder]:
+        return [holder for holder in self._freed if holder.name in names]
 
 
-def _victim(candidates: Sequence[Resident]) -> Resident | None:
-    """A load nobody waits for any more, else the idle model with the least keep_alive left."""
-    idle = [
-        resident
-        for resident in candidates
-        if resident.leases == 0
-        and resident.waiters == 0
-        and (resident.state in _COMING or resident.idle_since is not None)
-    ]
-    return min(idle, key=lambda r: (r.state not in _COMING, r.expires, r.idle_since or 0.0), default=None)
+def _holder(resident: Resident, order: float | None = None) -> Holder:
+    is_going = order is not None
+    return Holder(
+        resident.model,
+        resident.held,
+        evictable=is_going or resident.is_evictable,
+        order=_order(resident)[0] if order is None else order,
+        pinned=resident.pinned and not is_going,
+    )
 
 
-def _busiest_stay(candidates: Sequence[Resident]) -> Resident | None:
-    """Of the models that answer, the one with the fewest answers to wait for."""
-    busy = [resident for resident in candidates if resident.state is RunnerState.READY]
-    return min(busy, key=lambda r: r.leases, default=None)
+def _order(resident: Resident) -> tuple[float, float]:
+    """Who leaves first."""
+    return (-math.inf if resident.is_abandoned else resident.expires, resident.idle_since or 0.0)
+
+
+def _with_held(devices: Sequence[Device], held: Sequence[Mapping[str, int]]) -> tuple[Device, ...]:
+    return tuple(
+        replace(device, used_by_ours_bytes=device.used_by_ours_bytes + sum(each.get(device.id, 0) for each in held))
+        for device in devices
+    )
+
+
+def _fuller(now: Sequence[Device], then: Sequence[Device]) -> tuple[Device, ...]:
+    """Of each device the time with less room."""
+    return tuple(
+        one if one.used_by_ours_bytes >= other.used_by_ours_bytes else other
+        for one, other in zip(now, then, strict=True)
+    )
 
 
 def _wake_at(facts: Facts, leaving: set[str]) -> float:

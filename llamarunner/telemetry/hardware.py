@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import psutil
 
@@ -41,6 +42,8 @@ class ProcessSample:
 
     memory_bytes: int
     gpu_bytes: int | None = None  # over all GPUs; None where the driver names no process of it
+    private_bytes: int = 0  # of `memory_bytes`, what is no mapped file: a mapped model counts as free memory
+    by_gpu: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,9 @@ class HardwareReader:
         self._tree_at = -_TREE_S
 
     def read(self, pids: Iterable[int] = ()) -> HardwareSample:
+        taken = self._clock()
         gpus, note = self._gpus.read()
-        return HardwareSample(self._clock(), self.read_host(), gpus, note, self._processes(frozenset(pids), gpus))
+        return HardwareSample(taken, self.read_host(), gpus, note, self._processes(frozenset(pids), gpus))
 
     def read_host(self) -> HostSample:
         cpu = psutil.cpu_percent(None) / 100
@@ -93,13 +97,11 @@ class HardwareReader:
         samples: dict[int, ProcessSample] = {}
         for process, engine in self._tree.items():
             try:
-                memory = process.memory_info().rss
+                memory = process.memory_info()
             except psutil.Error:
                 continue  # it has ended
-            on_gpus = [gpu.processes[process.pid] for gpu in gpus if process.pid in gpu.processes]
-            so_far = samples.get(engine, ProcessSample(0))
-            gpu_bytes = (so_far.gpu_bytes or 0) + sum(on_gpus) if on_gpus else so_far.gpu_bytes
-            samples[engine] = ProcessSample(so_far.memory_bytes + memory, gpu_bytes)
+            on_gpus = {gpu.index: gpu.processes[process.pid] for gpu in gpus if process.pid in gpu.processes}
+            samples[engine] = _plus(samples.get(engine, ProcessSample(0)), memory, on_gpus)
         return samples
 
 
@@ -116,6 +118,7 @@ class HardwareSampler:
         self._sample = HardwareSample(time.monotonic())
         self._changes = 0
         self._stopping = threading.Event()
+        self._hurried = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -131,8 +134,13 @@ class HardwareSampler:
         """Waits two seconds at most; a thread that hangs in the driver is left behind and publishes no more."""
         thread, self._thread = self._thread, None
         self._stopping.set()
+        self._hurried.set()
         if thread is not None:
             thread.join(_STOP_S)
+
+    def hurry(self) -> None:
+        """Measure now rather than when it is time; the figures are in `latest` a moment later."""
+        self._hurried.set()
 
     @property
     def latest(self) -> HardwareSample:
@@ -163,7 +171,8 @@ class HardwareSampler:
                 if repr(error) != failure:  # once, not every second
                     logger.exception("the hardware could not be measured")
                 failure = repr(error)
-            stopping.wait(max(0.0, started + self._interval_s - time.monotonic()))
+            self._hurried.wait(max(0.0, started + self._interval_s - time.monotonic()))
+            self._hurried.clear()
         reader.close()
 
     def _publish(self, sample: HardwareSample, stopping: threading.Event) -> None:
@@ -172,6 +181,14 @@ class HardwareSampler:
         if self._is_old(self._sample) or _shown(sample) != _shown(self._sample):
             self._changes += 1
         self._sample = sample
+
+
+def _plus(so_far: ProcessSample, memory: Any, on_gpus: Mapping[int, int]) -> ProcessSample:
+    """An engine's figures with one more process of it."""
+    gpu_bytes = (so_far.gpu_bytes or 0) + sum(on_gpus.values()) if on_gpus else so_far.gpu_bytes
+    private = memory.rss - getattr(memory, "shared", 0)  # only Linux says
+    by_gpu = {index: so_far.by_gpu.get(index, 0) + on_gpus.get(index, 0) for index in {*so_far.by_gpu, *on_gpus}}
+    return ProcessSample(so_far.memory_bytes + memory.rss, gpu_bytes, so_far.private_bytes + private, by_gpu)
 
 
 def _find_tree(own: psutil.Process, pids: frozenset[int]) -> dict[psutil.Process, int]:

@@ -43,7 +43,9 @@ class BackgroundWriter:
 
     def put(self, key: str, data: bytes) -> None:
         with self._wake:
-            if self._closing or self._pending_bytes + len(data) > self._max_pending:
+            if self._closing:
+                return  # whoever closes it has said all that is to be kept
+            if self._pending_bytes + len(data) > self._max_pending:
                 self._dropped += data.count(b"\n")
                 return
             self._pending.setdefault(key, []).append(data)

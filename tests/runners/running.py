@@ -114,11 +114,13 @@ class ScriptedEngine:
         self.argv = argv or (sys.executable, str(FAKE_ENGINE), "--script", json.dumps(script))
         self.error = error
         self.plans: list[LaunchPlan] = []
+        self.models: list[Model] = []  # as they were to be started
 
     def info(self) -> EngineInfo:
         return EngineInfo(self.name, self.kind, self.argv[0])
 
     def plan(self, model: Model, *, port: int, api_key: str) -> LaunchPlan:
+        self.models.append(model)
         if self.error is not None:
             raise self.error
         flags = ("--port", str(port), "--model", str(model.path), "--ctx-size", "4096", "--parallel", "2")

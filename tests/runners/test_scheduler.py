@@ -28,7 +28,7 @@ def facts(
     max_loaded: int = 1,
     max_wait_s: float = 60.0,
 ) -> Facts:
-    return Facts(now, residents, waiting, max_loaded, max_wait_s)
+    return Facts(now, residents, waiting, max_wait_s, max_loaded)
 
 
 def test_a_waiter_is_loaded_where_there_is_room() -> None:
@@ -121,7 +121,7 @@ class Machine(RuleBasedStateMachine):
     def act(self) -> None:
         waiting = sorted((Waiting(m, since[0]) for m, since in self.waiters.items() if since), key=lambda w: w.since)
         residents = [self._with_waiters(r) for r in self.runners.values()]
-        decision = decide(Facts(self.now, residents, waiting, self.max_loaded, self.max_wait_s))
+        decision = decide(Facts(self.now, residents, waiting, self.max_wait_s, self.max_loaded))
         for action in decision.actions:
             match action:
                 case Load(model):

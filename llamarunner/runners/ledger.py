@@ -1,0 +1,179 @@
+"""Memory as the manager sees it: what each model needs, what it holds, and when what it gave back is really free.
+
+Measuring is another's work, handed in as a `Gauge`; deciding is the scheduler's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from llamarunner.catalog.catalog import Model
+from llamarunner.engines.engine import Engine
+from llamarunner.errors import LlamaRunnerError
+from llamarunner.runners.footprints import Footprints, Measured, footprint_key
+from llamarunner.runners.memory import Need, companions, estimate
+from llamarunner.runners.place import Place
+from llamarunner.runners.placement import RAM, Device, Placement
+
+logger = logging.getLogger(__name__)
+
+_BACK_SHARE = 0.75  # of what a runner held on a GPU; drivers keep a little
+_BACK_S = 5.0  # waited for it at most
+_BACK_POLL_S = 0.05
+
+
+class Gauge(Protocol):
+    """Measured memory. Bytes by device: "ram", "gpu0", ..."""
+
+    def devices(self) -> Sequence[Device]:
+        """Every device with what other programs use of it; nothing of ours. () where nothing is measured yet."""
+        ...
+
+    def used(self) -> Mapping[str, int]:
+        """By anybody."""
+        ...
+
+    def held(self, pid: int) -> Mapping[str, int]:
+        """By an engine's process and its children; {} where it was not seen yet."""
+        ...
+
+    async def refresh(self) -> None:
+        """Measure anew, now; bounded."""
+        ...
+
+
+class NoGauge:
+    """Nothing is known of memory, so nothing is held against it."""
+
+    def devices(self) -> Sequence[Device]:
+        return ()
+
+    def used(self) -> Mapping[str, int]:
+        return {}
+
+    def held(self, pid: int) -> Mapping[str, int]:
+        return {}
+
+    async def refresh(self) -> None:
+        return
+
+
+class Ledger:
+    def __init__(self, gauge: Gauge, footprints: Footprints) -> None:
+        self._gauge = gauge
+        self._footprints = footprints
+        self._versions: dict[str, str] = {}  # of each engine's program
+
+    def devices(self) -> Sequence[Device]:
+        return self._gauge.devices()
+
+    async def estimate(self, place: Place, engine: Engine | None) -> None:
+        """Note in `place` what its model needs. Nothing is noted where that cannot be told: the engine then decides."""
+        if place.need_of is place.model or engine is None:
+            return
+        model = place.model
+        try:
+            need, version = await asyncio.to_thread(_estimate, model, engine)
+        except LlamaRunnerError as error:
+            logger.debug("%s: what it needs cannot be told: %s", model.name, error)
+            need, version = None, ""
+        place.need, place.need_of = need, model
+        self._versions[engine.name] = version
+
+    def need(self, place: Place) -> Need | None:
+        """As estimated, put right by what was measured."""
+        if place.need is None:
+            return None
+        placement = place.placement or Placement({RAM: place.need.on_cpu()})
+        if key := self._key(place, placement):
+            return self._footprints.corrected(place.need, key, placement)
+        return place.need
+
+    def held(self, place: Place) -> Mapping[str, int]:
+        """Measured once it is ready, promised before."""
+        promised = place.placement.bytes_by_device if place.placement is not None else {}
+        if not place.is_ready or place.runner is None or place.runner.pid is None:
+            return promised
+        return {**promised, **self._gauge.held(place.runner.pid)}
+
+    async def measure(self, place: Place) -> None:
+        """Write down what a runner that just became ready took."""
+        await self._gauge.refresh()
+        runner = place.runner
+        if runner is None or runner.pid is None or runner.load_s is None or not place.is_ready:
+            return
+        held, placement = self._gauge.held(runner.pid), place.placement
+        if held and placement is not None and (key := self._key(place, placement)):
+            self._footprints.record(key, Measured(held, runner.load_s))
+            try:
+                await asyncio.to_thread(self._footprints.save)
+            except OSError as error:
+                logger.warning("what models need is not kept: %s", error)
+
+    def note_growth(self, place: Place) -> None:
+        """A runner about to leave may have come to take more than when it was ready."""
+        runner, placement = place.runner, place.placement
+        if runner is not None and runner.pid is not None and placement is not None:
+            held = self._gauge.held(runner.pid)
+            if held and (key := self._key(place, placement)):
+                self._footprints.grow(key, held)
+
+    async def wait_until_back(self, held: Mapping[str, int], used_before: Mapping[str, int]) -> None:
+        """Return when GPUs have what `held` says again, or after a while without: a driver takes its time, and the next
+        engine would find too little. RAM is back when the process is gone."""
+        awaited = {device: size for device, size in held.items() if device != RAM and size}
+        if not awaited:
+            return
+        try:
+            async with asyncio.timeout(_BACK_S):
+                while not self._is_back(awaited, used_before):
+                    await self._gauge.refresh()
+                    await asyncio.sleep(_BACK_POLL_S)
+        except TimeoutError:
+            logger.warning("memory of %s is not back after %.0f s", ", ".join(awaited), _BACK_S)
+
+    def _is_back(self, awaited: Mapping[str, int], used_before: Mapping[str, int]) -> bool:
+        used = self._gauge.used()
+        return all(
+            used_before.get(device, 0) - used.get(device, 0) >= _BACK_SHARE * size for device, size in awaited.items()
+        )
+
+    def used(self) -> Mapping[str, int]:
+        return self._gauge.used()
+
+    def _key(self, place: Place, placement: Placement) -> str:
+        """ "" where the model's flags are wrong, which its load will tell."""
+        try:
+            return footprint_key(
+                place.model,
+                engine=place.engine_kind,
+                version=self._versions.get(place.model.settings.engine, ""),
+                placement=placement,
+            )
+        except LlamaRunnerError:
+            return ""
+
+
+def _estimate(model: Model, engine: Engine) -> tuple[Need | None, str]:
+    """Blocks: reads the headers of what is loaded beside the model, and asks the engine's version."""
+    version = engine.info().version
+    if model.problem or not engine.is_local or not model.details.weights.total:
+        return None, version
+    return estimate(model, companions(model)), version
+
+
+def placed(model: Model, placement: Placement | None) -> Model:
+    """`model` with settings that put it where `placement` says."""
+    if placement is None:
+        return model
+    settings = model.settings
+    changes: dict[str, object] = {"env": {**settings.env, **placement.env}}
+    if placement.gpu_layers is not None:
+        changes["gpu_layers"] = placement.gpu_layers
+    if placement.tensor_split:
+        changes["flags"] = {**settings.flags, "tensor-split": ",".join(map(str, placement.tensor_split))}
+    return replace(model, settings=settings.model_copy(update=changes))
