@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import aiohttp
+import uvloop
 
 CHAT = "/v1/chat/completions"
 OLLAMA_CHAT = "/api/chat"
-QUESTION = {"model": "m", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+QUESTION: dict[str, object] = {"model": "m", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -32,6 +36,12 @@ async def ask(session: aiohttp.ClientSession, port: int, path: str = CHAT, **fie
         await response.read()
         response.raise_for_status()
     return time.perf_counter() - started
+
+
+async def ask_once(port: int, **fields: object) -> float:
+    """The same on a connection of its own."""
+    async with client() as session:
+        return await ask(session, port, **fields)  # type: ignore[arg-type]  # none of them is `path`
 
 
 async def alternate(session: aiohttp.ClientSession, ports: tuple[int, int], rounds: int) -> list[list[float]]:
@@ -77,3 +87,12 @@ async def knock(session: aiohttp.ClientSession, port: int, busy: asyncio.Task[ob
 def percentile(values: list[float], percent: float) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+
+
+def run(work: Callable[[], Awaitable[T]]) -> T:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+
+        async def main() -> T:
+            return await work()
+
+        return runner.run(main())

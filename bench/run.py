@@ -8,68 +8,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import orjson
 import psutil
-import uvloop
 
-from bench.client import CHAT, OLLAMA_CHAT, alternate, ask, client, knock, percentile, stream
+from bench.client import CHAT, OLLAMA_CHAT, alternate, ask, ask_once, client, knock, percentile, run, stream
 from bench.nginx import nginx
-from bench.program import Program, answers, cpu_seconds, engine_of, free_port, prepare, serving, until
+from bench.program import Program, cpu_seconds, engine_of, prepare, serving
+from bench.rows import QUICK, Effort, Row
+from bench.scheduling import cold, scheduling
 from tests.fakes.terminal import Terminal
 
 MB = 1e6
 STREAMS = 64
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A figure and its budget; `at_least` where more is better. Without a budget it is told for the record."""
-
-    what: str
-    value: float
-    unit: str
-    budget: float | None = None
-    at_least: bool = False
-
-    @property
-    def verdict(self) -> str:
-        if self.budget is None:
-            return ""
-        return "ok" if (self.value >= self.budget if self.at_least else self.value <= self.budget) else "OVER"
-
-    def cells(self) -> tuple[str, str, str, str]:
-        sign = "≥" if self.at_least else "≤"
-        budget = "" if self.budget is None else f"{sign} {self.budget:g} {self.unit}"
-        return self.what, f"{self.value:,.{_digits(self.value)}f} {self.unit}", budget, self.verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How long each measurement takes."""
-
-    starts: int = 7
-    rest_s: float = 15.0
-    rounds: int = 2000
-    cold: int = 7
-    tokens: int = 1000
-    repeats: int = 5
-
-
-QUICK = Effort(starts=2, rest_s=3.0, rounds=150, cold=2, tokens=150, repeats=2)
 
 
 def main() -> int:
@@ -142,7 +100,7 @@ def latency(program: Program, effort: Effort) -> Iterator[Row]:
     """One client, answers not streamed: what passing through the program adds."""
     program.tell_engine({"tokens": ["Hello", " there", "!"]})
     with serving(program) as (process, _):
-        run(lambda: _ask_once(program.lmstudio))
+        run(lambda: ask_once(program.lmstudio))
         port, key = engine_of(process)
 
         async def measure() -> list[list[float]]:
@@ -156,20 +114,6 @@ def latency(program: Program, effort: Effort) -> Iterator[Row]:
         yield Row(f"added latency, p{percent}", 1000 * added, "ms", budget)
 
 
-def cold(program: Program, effort: Effort) -> Iterator[Row]:
-    """A request for a model that is not loaded, beyond what its engine takes by itself."""
-    program.tell_engine({"load_s": 0.2})
-    alone, asked = list[float](), list[float]()
-    with serving(program) as (process, _):
-        for _ in range(effort.cold):
-            alone.append(_start_engine(program))
-            asked.append(run(lambda: _ask_once(program.ollama, keep_alive=0)))
-            until(lambda: not _has_engine(process), "end of the engine")
-    yield Row("engine alone, start to first answer", 1000 * statistics.median(alone), "ms")
-    added = statistics.median(asked) - statistics.median(alone)
-    yield Row("cold request, beyond that", 1000 * added, "ms", 50)
-
-
 def streams(program: Program, effort: Effort) -> Iterator[Row]:
     """Many answers streamed at once: the program and nginx on one core, engine and client on another."""
     token = {"choices": [{"finish_reason": None, "index": 0, "delta": {"content": " word"}}], "created": 1, "id": "c",
@@ -180,7 +124,7 @@ def streams(program: Program, effort: Effort) -> Iterator[Row]:
     os.sched_setaffinity(0, others)
     try:
         with serving(program, ours) as (process, _):
-            run(lambda: _ask_once(program.lmstudio))
+            run(lambda: ask_once(program.lmstudio))
             upstream, key = engine_of(process)
             with nginx(program.home, upstream, ours) as other:
                 yield from _compare_streams(program, effort, process, other, key)
@@ -240,13 +184,8 @@ def busy(program: Program, effort: Effort) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Program, Effort], Iterator[Row]]] = {
     "headless": headless, "tui": tui, "latency": latency, "cold": cold, "streams": streams,
-    "busy": busy,
+    "busy": busy, "scheduling": scheduling,
 }  # fmt: skip
-
-
-async def _ask_once(port: int, **fields: object) -> float:
-    async with client() as session:
-        return await ask(session, port, **fields)  # type: ignore[arg-type]  # none of them is `path`
 
 
 async def _stream(port: int, path: str, key: str) -> tuple[int, float]:
@@ -262,45 +201,11 @@ def _events(token: dict[str, object], count: int) -> dict[str, object]:
     return {"body": (event * count + tail).decode(), "chunk_bytes": len(event)}
 
 
-def _start_engine(program: Program) -> float:
-    """Seconds from the start of an engine of our own to the end of its first answer."""
-    port, started = free_port(), time.perf_counter()
-    argv = [str(program.engine), "--model", str(program.model), "--host", "127.0.0.1", "--port", str(port)]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            until(lambda: answers(port, "/health"), "answer from the engine")
-            run(lambda: _ask_once(port))
-            return time.perf_counter() - started
-        finally:
-            process.terminate()
-
-
-def _has_engine(process: psutil.Process) -> bool:
-    for child in process.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-            if any("fake_engine" in word for word in child.cmdline()):
-                return True
-    return False
-
-
 def _cpu_share(process: psutil.Process, seconds: float) -> float:
     """Of one core, over so many seconds from now, its helpers included."""
     before, started = cpu_seconds(process, helpers=True), time.monotonic()
     time.sleep(seconds)
     return (cpu_seconds(process, helpers=True) - before) / (time.monotonic() - started)
-
-
-def run(work: Callable[[], Awaitable[T]]) -> T:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-
-        async def main() -> T:
-            return await work()
-
-        return runner.run(main())
-
-
-def _digits(value: float) -> int:
-    return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
 
 
 if __name__ == "__main__":

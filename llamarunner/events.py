@@ -68,6 +68,7 @@ class RequestTrace:
     prompt_tokens_per_s: float | None = None
     output_tokens_per_s: float | None = None
     bytes_out: int = 0
+    stripped: str = ""  # what was taken out of the request because its engine cannot do it: "tools"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,11 @@ from llamarunner import paths
 from llamarunner.catalog.catalog import Catalog
 from llamarunner.catalog.stores import discover
 from llamarunner.config.load import LoadedConfig
+from llamarunner.config.schema import EngineConfig
 from llamarunner.control.backend import Backend
 from llamarunner.control.local import LocalBackend, Sources
 from llamarunner.engines.registry import make_engines
+from llamarunner.engines.remote import UnreachableError, list_models, models_of
 from llamarunner.errors import LlamaRunnerError
 from llamarunner.events import Event, EventBus, RunnerChanged, RunnerState
 from llamarunner.gauge import HardwareGauge
@@ -35,6 +37,7 @@ from llamarunner.telemetry.requests import RequestLog
 
 logger = logging.getLogger(__name__)
 
+_ASK_REMOTE_S = 60.0
 _RESCAN_S = 5.0  # a model file put into a folder is there within this time
 
 
@@ -60,7 +63,9 @@ class Service:
         self._pids: tuple[int, ...] = ()
         self._started_at = time.time()
         self._stopping = False
-        self._rescan: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
+        self._on_disk = Catalog()
+        self._elsewhere: dict[str, tuple[str, ...]] = {}  # what each remote engine calls its models
         self._instance = InstanceFile()
         self._is_announced = is_announced
         self._session: aiohttp.ClientSession | None = None
@@ -96,9 +101,10 @@ class Service:
     async def start(self) -> None:
         """Find the models, and listen. Raises NothingServedError where no proxy can; nothing is left running then."""
         config = self._config
-        engines, self._catalog = await asyncio.gather(
+        engines, self._on_disk = await asyncio.gather(
             asyncio.to_thread(make_engines, config), asyncio.to_thread(discover, config)
         )
+        self._catalog = self._on_disk
         self._session = upstream_session()
         self._hardware.start()
         footprints = Footprints(paths.state_dir() / "footprints.json")
@@ -120,7 +126,10 @@ class Service:
         self._backend = LocalBackend(self._sources(self._manager), self._bus)
         self._bus.subscribe(self._note_runner)
         await self._start_proxies()
-        self._rescan = asyncio.create_task(self._watch_folders(), name="rescan")
+        self._watching = [asyncio.create_task(self._watch_folders(), name="watch folders")]
+        for name, engine in config.engines.items():
+            if engine.is_remote:
+                self._watching.append(asyncio.create_task(self._watch_remote(name, engine), name=f"watch {name}"))
         if self._is_announced:
             await asyncio.to_thread(self._instance.write, self._started_at, self._addresses())
         logger.info("ready: %d models, profile %s", len(self._catalog), self._loaded.profile or "none")
@@ -174,9 +183,9 @@ class Service:
             return
         self._stopping = True
         self._instance.remove()
-        if self._rescan is not None:
-            self._rescan.cancel()
-            await asyncio.gather(self._rescan, return_exceptions=True)
+        for task in self._watching:
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
         if self._manager is not None:
             await self._manager.close(self._config.server.drain if drain_s is None else drain_s)
         await asyncio.gather(*(proxy.stop() for proxy in self.proxies))
@@ -190,9 +199,36 @@ class Service:
         while True:
             await asyncio.sleep(_RESCAN_S)
             found = await asyncio.to_thread(discover, self._config)
-            if list(found) != list(self._catalog):
+            if list(found) != list(self._on_disk):
                 logger.info("the models on disk changed: %d now", len(found))
-                self._catalog = found
+                self._on_disk = found
+                self._merge()
+
+    async def _watch_remote(self, name: str, engine: EngineConfig) -> None:
+        """Keep up with what another server has; while it is out of reach, with what it had."""
+        session, problem = self._session, ""
+        assert session is not None
+        while True:
+            try:
+                ids = await list_models(session, engine)
+            except UnreachableError as error:
+                if str(error) != problem:  # once, not every minute
+                    logger.warning("the models of %s are not known: %s", name, error)
+                problem = str(error)
+            else:
+                problem = ""
+                if ids != self._elsewhere.get(name):
+                    logger.info("%s has %d models", name, len(ids))
+                    self._elsewhere[name] = ids
+                    self._merge()
+            await asyncio.sleep(_ASK_REMOTE_S)
+
+    def _merge(self) -> None:
+        models = list(self._on_disk)
+        for name, ids in self._elsewhere.items():
+            taken = [each for model in models for each in (model.name, *model.aliases)]
+            models += models_of(name, ids, self._config.defaults, taken)
+        self._catalog = Catalog(models)
 
     def _addresses(self) -> dict[str, tuple[str, int]]:
         return {proxy.name: (proxy.host, proxy.port) for proxy in self.proxies if proxy.is_running}

@@ -79,6 +79,7 @@ class Model:
     source: str = "config"  # or the folder it was found in
     problem: str = ""
     hint: str = ""
+    is_remote: bool = False  # told of by a server elsewhere
 
     @property
     def capabilities(self) -> frozenset[Capability]:

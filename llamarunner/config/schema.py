@@ -240,6 +240,9 @@ class EngineConfig(Section):
     """For kind remote: the server's address, with or without /v1."""
     api_key: Secret | None = None
     """For kinds remote and command: the key the server wants to see; ${VAR} keeps it out of this file."""
+    supports_tools: bool = True
+    """false for a fork or server that fails on tools: they are taken out of requests, and the answer says so in the
+    header `x-llamarunner-stripped`."""
 
     @property
     def is_remote(self) -> bool:

@@ -23,6 +23,7 @@ from llamarunner.control.snapshot import (
     RunnerState,
     Snapshot,
 )
+from llamarunner.engines.log_events import SlotPhase
 from llamarunner.errors import LlamaRunnerError
 from llamarunner.events import (
     Event,
@@ -35,12 +36,14 @@ from llamarunner.events import (
 )
 from llamarunner.runners.manager import RunnerManager
 from llamarunner.runners.outlook import Outlook
-from llamarunner.runners.place import Residence
+from llamarunner.runners.place import LOADING, Residence
+from llamarunner.runners.runner import Runner
 from llamarunner.telemetry.hardware import HardwareSample, HardwareSampler
 from llamarunner.telemetry.logs import LogBook
 from llamarunner.telemetry.requests import RequestLog
 
 _MAX_REQUESTS = 200  # shown at once; the log keeps more
+_MOST_TOLD, _MOST_ESTIMATED = 0.99, 0.95  # of a load that is not over
 
 
 class ProxyState(Protocol):
@@ -89,6 +92,7 @@ class LocalBackend:
         self._sources = sources
         self._changes = {"models": 0, "proxies": 0}
         self._seen_catalog: Catalog | None = None
+        self._seen_work: list[tuple[str, float | None, tuple[str, ...]]] = []
         bus.subscribe(self._note)
 
     def _note(self, event: Event) -> None:
@@ -106,6 +110,11 @@ class LocalBackend:
         if catalog is not self._seen_catalog:
             self._seen_catalog = catalog
             self._changes["models"] += 1
+        models = tuple(self._model_view(model, hardware) for model in catalog)
+        work = [(view.name, view.progress, view.activity) for view in models if view.progress or view.activity]
+        if work != self._seen_work:
+            self._seen_work = work
+            self._changes["models"] += 1
         requests = sources.requests
         revisions = {
             **self._changes,
@@ -121,7 +130,7 @@ class LocalBackend:
             profile=sources.profile,
             config_path=sources.config_path,
             proxies=tuple(proxy_view(proxy) for proxy in sources.proxies),
-            models=tuple(self._model_view(model, hardware) for model in catalog),
+            models=models,
             gpus=gpu_views(hardware),
             host=host_view(hardware),
             requests=self._request_views(),
@@ -203,8 +212,26 @@ def model_view(model: Model, residence: Residence | None, hardware: HardwareSamp
         tokens_per_s=rate,
         state_s=state_s,
         load_s=runner.load_s if runner is not None else None,
+        progress=load_progress(runner, residence.load_s) if runner is not None and residence is not None else None,
+        activity=activity_of(runner) if runner is not None else (),
         idle_left_s=math.inf if idle_left is not None and model.settings.pin else idle_left,
     )
+
+
+def load_progress(runner: Runner, last_s: float | None) -> float | None:
+    """By the engine's own word, else by the time the last load took; None where neither is known."""
+    if runner.state not in LOADING:
+        return None
+    if runner.progress is not None:
+        return round(min(runner.progress, _MOST_TOLD), 2)
+    if not last_s or runner.load_begun is None:
+        return None
+    return round(min((time.monotonic() - runner.load_begun) / last_s, _MOST_ESTIMATED), 2)
+
+
+def activity_of(runner: Runner) -> tuple[str, ...]:
+    busy = (slot for slot in runner.activity.slots if slot.phase is not SlotPhase.IDLE)
+    return tuple(f"slot {slot.slot}: {slot.label}" for slot in busy)
 
 
 def gpu_views(hardware: HardwareSample) -> tuple[GpuView, ...]:
@@ -263,6 +290,7 @@ def request_view(trace: RequestTrace, outlook: Outlook | None = None) -> Request
         prompt_tokens_per_s=trace.prompt_tokens_per_s,
         output_tokens_per_s=trace.output_tokens_per_s,
         bytes_out=trace.bytes_out,
+        stripped=trace.stripped,
         position=outlook.position if outlook is not None else None,
         waiting_for=outlook.reason if outlook is not None else "",
         left_s=outlook.left_s if outlook is not None else None,

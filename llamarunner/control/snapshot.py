@@ -57,6 +57,8 @@ class ModelView:
     tokens_per_s: float | None = None  # of the newest finished answer
     state_s: float = 0.0  # since it came into this state
     load_s: float | None = None  # how long its load took
+    progress: float | None = None  # of the load, 0..1, in steps of a hundredth: as told by the engine, or estimated
+    activity: tuple[str, ...] = ()  # what each busy slot does: "slot 0: prompt 42 %"
     idle_left_s: float | None = None  # until it is unloaded; None while busy, inf when never
 
 
@@ -107,6 +109,7 @@ class RequestView:
     prompt_tokens_per_s: float | None = None
     output_tokens_per_s: float | None = None
     bytes_out: int = 0
+    stripped: str = ""  # taken out of it because its engine cannot do it: "tools"
     # while it waits
     position: int | None = None  # 1 is next
     waiting_for: str = ""  # "waiting for qwen3-32b: 2 answers running"

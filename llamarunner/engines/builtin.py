@@ -56,4 +56,5 @@ class BuiltinEngine:
             api_key=api_key,
             env={**self._config.env, **model.settings.env, builtin_worker.API_KEY_VARIABLE: api_key},
             load_timeout_s=model.settings.load_timeout,
+            supports_tools=self._config.supports_tools,
         )

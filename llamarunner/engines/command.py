@@ -57,6 +57,7 @@ class CommandEngine:
             env={**{name: _filled(each, values) for name, each in config.env.items()}, **model.settings.env},
             health_path=config.health,
             load_timeout_s=model.settings.load_timeout,
+            supports_tools=self._config.supports_tools,
             served_model=self._served_model(model),
             is_llama_cpp=False,
         )

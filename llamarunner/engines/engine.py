@@ -23,6 +23,7 @@ class LaunchPlan:
     load_timeout_s: float = 300.0  # without any sign of progress
     url: str = ""  # without /v1 and final slash
     served_model: str = ""  # what the server calls the model: a request must say it; "" where any name will do
+    supports_tools: bool = True
     is_llama_cpp: bool = True  # it has llama.cpp's own routes too (/props, /slots, /tokenize), behind the key
 
     @property

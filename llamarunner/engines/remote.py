@@ -68,6 +68,7 @@ class RemoteEngine:
             api_key=_key(self._config),
             health_path=MODELS_PATH,
             load_timeout_s=model.settings.load_timeout,
+            supports_tools=self._config.supports_tools,
             url=url,
             served_model=str(model.path),
             is_llama_cpp=False,
@@ -97,7 +98,7 @@ def models_of(engine: str, ids: Iterable[str], defaults: ModelSettings, taken: C
             # all that is known is the name, and by it embedding models are called everywhere
             capabilities = _EMBEDDING if "embed" in served.lower() else _CHAT
             details = ModelDetails(capabilities=capabilities)
-            models.append(Model(name, Path(served), settings, details=details, source=engine))
+            models.append(Model(name, Path(served), settings, details=details, source=engine, is_remote=True))
     return models
 
 

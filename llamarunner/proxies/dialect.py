@@ -9,9 +9,12 @@ import orjson
 from aiohttp import web
 
 from llamarunner.errors import LlamaRunnerError, OverloadedError
+from llamarunner.events import RequestTrace
 
 JSON_TYPE = "application/json; charset=utf-8"
 SSE_TYPE = "text/event-stream; charset=utf-8"
+TRACE = web.RequestKey("trace", RequestTrace)
+"""A request's trace, where it is one for an answer."""
 
 
 class Dialect(Protocol):

@@ -98,8 +98,12 @@ class OpenAIRoutes(ABC):
         require_embeddings(model)
         return False
 
-    async def _list(self, _request: web.Request) -> web.Response:
-        usable = [model for model in self._relay.catalog if not model.problem]
+    async def _list(self, request: web.Request) -> web.Response:
+        """Another LlamaRunner is told of our own models alone: two that use each other would list them in a circle."""
+        is_one_of_us = request.headers.get("User-Agent", "").startswith("llamarunner/")
+        usable = [
+            model for model in self._relay.catalog if not model.problem and not (is_one_of_us and model.is_remote)
+        ]
         return json_response({"object": "list", "data": [self.model_record(model) for model in usable]})
 
     async def _retrieve(self, request: web.Request) -> web.Response:

@@ -17,7 +17,7 @@ from llamarunner.config.schema import ProxyConfig
 from llamarunner.errors import LlamaRunnerError, PortTakenError, RequestError
 from llamarunner.events import EventBus, ProxyChanged
 from llamarunner.ports import holder_of
-from llamarunner.proxies.dialect import Dialect, error_response
+from llamarunner.proxies.dialect import TRACE, Dialect, error_response
 from llamarunner.proxies.guard import Guard, cors_signal, guard_middleware
 
 logger = logging.getLogger(__name__)
@@ -200,3 +200,6 @@ def route(method: str, path: str, handler: Handler) -> list[web.RouteDef]:
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     request[_BEGUN] = True
     response.headers["Server"] = f"LlamaRunner/{__version__}"
+    trace = request.get(TRACE)
+    if trace is not None and trace.stripped:
+        response.headers["X-LlamaRunner-Stripped"] = trace.stripped

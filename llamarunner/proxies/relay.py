@@ -21,7 +21,8 @@ from aiohttp import web
 from llamarunner.catalog.catalog import Catalog, Model
 from llamarunner.errors import EngineGoneError, LlamaRunnerError
 from llamarunner.events import EventBus, RequestFinished, RequestPhase, RequestStarted, RequestTrace
-from llamarunner.proxies.dialect import Dialect, error_response
+from llamarunner.proxies.adapt import adapt
+from llamarunner.proxies.dialect import TRACE, Dialect, error_response
 from llamarunner.proxies.figures import loggable, note_figures
 from llamarunner.proxies.sse import WholeLines
 from llamarunner.proxies.stream import EventStream
@@ -66,6 +67,7 @@ class Relay:
                 client=_client(request),
                 user_agent=request.headers.get("User-Agent", ""),
             )
+            request[TRACE] = trace
             self._bus.publish(RequestStarted(trace))
             try:
                 response = await handler(request, trace)
@@ -99,18 +101,23 @@ class Relay:
         async with AsyncExitStack() as held:
             lease = await held.enter_async_context(self.manager.acquire(model, trace, keep_alive_s=keep_alive_s))
             try:
-                upstream = await held.enter_async_context(self.ask_under(lease, path, body))
+                upstream = await held.enter_async_context(self.ask_under(lease, path, body, trace))
             except UnreachedError:
                 # the engine ended a moment ago, and its runner is about to notice: the next one takes the request
                 await held.aclose()
                 await _wait_ended(lease)
                 lease = await held.enter_async_context(self.manager.acquire(model, trace, keep_alive_s=keep_alive_s))
-                upstream = await held.enter_async_context(self.ask_under(lease, path, body))
+                upstream = await held.enter_async_context(self.ask_under(lease, path, body, trace))
             yield upstream, lease
 
     @asynccontextmanager
-    async def ask_under(self, lease: Lease, path: str, body: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def ask_under(
+        self, lease: Lease, path: str, body: bytes, trace: RequestTrace | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """As `ask`, under a lease already held: whoever asked for a second one could wait for its own first."""
+        body, stripped = adapt(body, path, lease.plan)
+        if trace is not None:
+            trace.stripped = stripped
         headers = {**lease.headers, "Content-Type": "application/json"}
         try:
             upstream = await self._session.post(

@@ -18,7 +18,7 @@ def upstream_session() -> aiohttp.ClientSession:
     take minutes before its first byte.
 
     Every request has a connection of its own: llama-server closes one after a stream, and a request that met it
-    closing would fail for no fault of its engine.
+    closing would fail for no fault of its engine. One kept open would occupy one of its few HTTP threads, besides.
     """
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),

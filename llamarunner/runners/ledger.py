@@ -75,6 +75,7 @@ class Ledger:
         """Note in `place` what its model needs. Nothing is noted where that cannot be told: the engine then decides."""
         if place.need_of is place.model or engine is None:
             return
+        place.engine_kind, place.is_local = engine.kind, engine.is_local
         model = place.model
         try:
             need, version = await asyncio.to_thread(_estimate, model, engine)

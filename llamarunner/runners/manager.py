@@ -22,7 +22,7 @@ import aiohttp
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import SchedulerConfig
-from llamarunner.engines.engine import Engine
+from llamarunner.engines.engine import Engine, LaunchPlan
 from llamarunner.errors import (
     DoesNotFitError,
     EngineError,
@@ -56,6 +56,7 @@ class Lease:
     runner: Runner
     base_url: str
     headers: Mapping[str, str]  # what the engine wants to see on each request
+    plan: LaunchPlan
     waited_s: float  # from asking to having it: queueing and loading
 
 
@@ -113,7 +114,7 @@ class RunnerManager:
             plan = runner.plan
             if plan is None:
                 raise EngineMissingError(f"{model.name} has no running engine")
-            yield Lease(runner, plan.base_url, plan.headers, granted - asked)
+            yield Lease(runner, plan.base_url, plan.headers, plan, granted - asked)
             if trace is not None:
                 place.note_answer(time.monotonic() - granted)
         finally:
@@ -303,7 +304,8 @@ class RunnerManager:
 
     def _waiting(self, place: Place) -> Waiting:
         need = self._ledger.need(place) if place.runner is None else None
-        return Waiting(place.model.name, place.waiters[0].since, need, tuple(place.model.settings.devices))
+        first, devices = place.waiters[0], tuple(place.model.settings.devices)
+        return Waiting(place.model.name, first.since, need, devices, is_local=place.is_local)
 
     def _reconsider(self) -> None:
         """Ask the scheduler, do what it says, and set the alarm for when to ask again."""
@@ -349,7 +351,7 @@ class RunnerManager:
         if engine is None:
             self._fail(place, EngineMissingError(f"there is no engine '{model.settings.engine}'"))
             return
-        place.placement, place.engine_kind = placement, engine.kind
+        place.placement = placement
         runner = Runner(
             placed(model, placement),
             engine,

@@ -43,6 +43,7 @@ class Residence:
     idle_left_s: float | None  # until it is unloaded for idleness; None while it is busy or not ready
     failure: EngineError | None
     failed_s: float  # since the failure
+    load_s: float | None = None  # how long the newest load that succeeded took
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +64,7 @@ class Place:
     need: Need | None = None  # as estimated; see `ledger.py`
     need_of: Model | None = None  # the model it was estimated of
     engine_kind: str = ""
+    is_local: bool = True  # its engine runs on this machine
     is_second_try: bool = False  # its load ran out of memory, and idle models were unloaded for it
     load_s: float | None = None  # of the newest load that succeeded
     answer_s: float | None = None  # average time a lease is held, the newest counting most
@@ -102,6 +104,7 @@ class Place:
             idle_since=self.idle_since,
             keep_alive_s=self.keep_alive_s,
             held=held or {},
+            is_local=self.is_local,
         )
 
     def residence(self, now: float) -> Residence:
@@ -114,6 +117,7 @@ class Place:
             idle_left_s=max(0.0, self.resident().expires - now) if idle else None,
             failure=self.failure,
             failed_s=now - self.failed_at if self.failure else 0.0,
+            load_s=self.load_s,
         )
 
 

@@ -22,11 +22,13 @@ import aiohttp
 from llamarunner.catalog.catalog import Model
 from llamarunner.engines import remote
 from llamarunner.engines.engine import Engine, LaunchPlan
+from llamarunner.engines.log_events import Activity
 from llamarunner.errors import EngineError, EngineGoneError, EngineMissingError, LoadError, ModelFileError
 from llamarunner.events import EventBus, RunnerChanged, RunnerState
 from llamarunner.runners.crash import CauseKind, classify
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.health import KeyRefusedError, Props, StrangerError, ask_health, read_props, until_lost
+from llamarunner.runners.log_view import LogView
 from llamarunner.runners.process import EngineProcess
 from llamarunner.units import format_duration
 
@@ -63,6 +65,9 @@ _NEXT = {
 class EngineLog(Protocol):
     """Where an engine's output goes."""
 
+    on_line: Callable[[str], None] | None
+    """Called with each line that has ended, and with an unfinished row of dots as it grows."""
+
     def feed(self, block: bytes) -> None: ...
 
     def tail(self, lines: int) -> tuple[str, ...]:
@@ -94,6 +99,7 @@ class Runner:
         self.state_since = time.monotonic()
         self.plan: LaunchPlan | None = None
         self.pid: int | None = None
+        self.load_begun: float | None = None
         self.load_s: float | None = None
         self.context: int | None = None
         self.slots: int | None = None
@@ -103,6 +109,8 @@ class Runner:
         a server elsewhere does not answer any more."""
         self._engine = engine
         self._log = log
+        self._log_view = LogView()
+        log.on_line = self._log_view.take
         self._bus = bus
         self._guardian = guardian
         self._session = session
@@ -115,6 +123,16 @@ class Runner:
         self._watching: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
+
+    @property
+    def progress(self) -> float | None:
+        """How far the load is by the engine's own word, 0..1; None where it does not say, or does not load."""
+        return self._log_view.progress if self.state in (RunnerState.STARTING, RunnerState.LOADING) else None
+
+    @property
+    def activity(self) -> Activity:
+        """What each slot does, by the engine's own word; empty where it does not say, or is not ready."""
+        return self._log_view.activity if self.state in (RunnerState.READY, RunnerState.DRAINING) else Activity()
 
     async def start(self) -> None:
         """From stopped to ready. Raises EngineError, mostly LoadError, when that fails or `stop` comes between; by
@@ -154,7 +172,7 @@ class Runner:
     # --- start -----------------------------------------------------------------------------------------------------
 
     async def _load(self) -> None:
-        begun = time.monotonic()
+        self.load_begun = begun = time.monotonic()
         self._become(RunnerState.STARTING, "requested")
         try:
             if self.model.problem:
@@ -194,6 +212,7 @@ class Runner:
         self.plan = plan
         self._mark = f"--- starting {self.model.name}: runner {self.runner_id}, attempt {attempt} ---"
         self._note(self._mark)
+        self._log_view.begin()
         self._progress_at = time.monotonic()
         if plan.url:
             return await self._reach(plan)

@@ -40,6 +40,7 @@ class Resident:
     idle_since: float | None = None  # None while it loads or answers
     keep_alive_s: float = math.inf
     held: Mapping[str, int] = field(default_factory=dict)  # bytes of each device it has, or was promised
+    is_local: bool = True  # it takes a place of this machine
 
     @property
     def expires(self) -> float:
@@ -64,6 +65,7 @@ class Waiting:
     since: float  # of its first waiter
     need: Need | None = None  # None: it takes no memory here, or nobody knows how much
     devices: tuple[str, ...] = ()  # the only ones it may use; () for any
+    is_local: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +152,15 @@ class _House:
         ]
         # what is taken now, and once those who leave have left and those it was promised to have come
         self._now = self._then = _with_held(facts.devices, [resident.held for resident in facts.residents])
-        self._places = facts.max_loaded - len(facts.residents) if facts.max_loaded else math.inf
-        self._places_coming = len(self._going)
+        local = [resident for resident in facts.residents if resident.is_local]
+        self._places = facts.max_loaded - len(local) if facts.max_loaded else math.inf
+        self._places_coming = sum(resident.model in self._going for resident in local)
 
     def serve(self, waiting: Waiting) -> None:
         """Load it, or clear the way for it and keep the room for when it is cleared."""
+        if not waiting.is_local:
+            self.actions.append(Load(waiting.model))
+            return
         is_patient = self._facts.now - waiting.since < self._facts.max_wait_s
         has_place = self._places > 0
         if not has_place and not self._find_place(waiting, is_patient=is_patient):
@@ -200,13 +206,13 @@ class _House:
         if self._places_coming > 0:
             self._places_coming -= 1
             return True
-        idle = [resident for resident in self._staying if resident.is_evictable]
+        idle = [resident for resident in self._staying if resident.is_evictable and resident.is_local]
         if idle:
             victim = min(idle, key=_order)
             self._unload(victim.model, f"evicted for {waiting.model}")
             return True
         if not is_patient:
-            busy = [r for r in self._staying if r.state is RunnerState.READY and not r.pinned]
+            busy = [r for r in self._staying if r.state is RunnerState.READY and r.is_local and not r.pinned]
             self._drain(min(busy, key=lambda r: r.leases, default=None), waiting)
         return False
 

@@ -88,6 +88,10 @@ class LineSplitter:
     def unfinished(self) -> str:
         return self._text()
 
+    def begins_with(self, start: bytes) -> bool:
+        """Whether the line that is not finished does."""
+        return self._held.startswith(start)
+
     def _hold(self, part: bytes) -> None:
         room = MAX_LINE_BYTES - len(self._held)
         self._held += part[:room]

@@ -88,9 +88,13 @@ class EngineLog:
         self._write = write
         self._closed: Callable[[], None] | None = closed
         self._splitter = LineSplitter()
+        self.on_line: Callable[[str], None] | None = None
+        """Called with each line once it has ended, and with a row of dots, drawn while a model loads, as it grows."""
 
     def feed(self, block: bytes) -> None:
         self._keep(self._splitter.feed(block))
+        if self.on_line is not None and self._splitter.begins_with(b".."):
+            self.on_line(self._splitter.unfinished)
 
     def tail(self, lines: int) -> tuple[str, ...]:
         """The last lines, one that is not finished yet included."""
@@ -109,6 +113,9 @@ class EngineLog:
             at = time.time()
             self._ring.extend(at, [(guess_level(line), line) for line in lines])
             self._write(at, lines)
+            if self.on_line is not None:
+                for line in lines:
+                    self.on_line(line)
 
 
 class LogBook:

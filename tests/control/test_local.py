@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from llamarunner.catalog.catalog import Catalog, Model
 from llamarunner.config.schema import ModelSettings
 from llamarunner.control.local import LocalBackend, Sources, gpu_views, model_view, request_view
 from llamarunner.control.snapshot import RequestPhase, RunnerState
+from llamarunner.engines.log_events import Activity, SlotActivity, SlotPhase
 from llamarunner.errors import LoadError, PortTakenError
 from llamarunner.events import EventBus, ProxyChanged, RequestFinished, RequestStarted, RequestTrace, RunnerChanged
 from llamarunner.runners.outlook import Outlook
@@ -30,6 +33,9 @@ def a_model(**more: Any) -> Model:
 class LoadedRunner:
     """As much of a runner as is shown."""
 
+    progress: float | None = None
+    load_begun = time.monotonic()
+    activity = Activity()
     runner_id = 7
     state = RunnerState.READY
     reason = "loaded"
@@ -67,6 +73,48 @@ def test_a_loaded_model_shows_what_its_runner_measured() -> None:
     assert (view.memory_bytes, view.gpu_bytes, view.context, view.slots) == (3_000, 5_000, 4096, 2)
     assert (view.in_flight, view.queued, view.tokens_per_s, view.load_s) == (1, 2, 42.0, 1.5)
     assert view.state_s >= 0
+
+
+class LoadingRunner(LoadedRunner):
+    state = RunnerState.LOADING
+    load_s = None
+
+    def __init__(self, told: float | None = None, since_s: float = 0.0) -> None:
+        self.progress = told
+        self.load_begun = time.monotonic() - since_s
+
+
+@pytest.mark.parametrize(
+    ("told", "since_s", "last_s", "shown"),
+    [
+        (None, 4.0, None, None),
+        (None, 4.0, 0.0, None),
+        (None, 4.0, 10.0, 0.4),
+        (None, 40.0, 10.0, 0.95),
+        (0.4321, 40.0, 10.0, 0.43),
+        (1.0, 4.0, None, 0.99),
+    ],
+)
+def test_how_far_a_load_is(told: float | None, since_s: float, last_s: float | None, shown: float | None) -> None:
+    place = residence(runner=LoadingRunner(told, since_s), load_s=last_s)
+    assert model_view(a_model(), place, NO_HARDWARE, None).progress == shown
+
+
+def test_a_model_that_is_not_loading_is_not_on_its_way() -> None:
+    assert model_view(a_model(), residence(runner=LoadedRunner(), load_s=9.0), NO_HARDWARE, None).progress is None
+
+
+def test_what_busy_slots_do() -> None:
+    runner = LoadedRunner()
+    runner.activity = Activity(
+        (
+            SlotActivity(0, 7, SlotPhase.PROMPT, fraction=0.42),
+            SlotActivity(1, 3),
+            SlotActivity(2, 8, SlotPhase.GENERATING),
+        )
+    )
+    view = model_view(a_model(), residence(runner=runner), NO_HARDWARE, None)
+    assert view.activity == ("slot 0: prompt 42 %", "slot 2: generating")
 
 
 def test_a_pinned_model_never_counts_down() -> None:
@@ -108,8 +156,10 @@ def test_a_card_that_says_nothing_of_its_memory_is_shown_all_the_same() -> None:
 
 
 class Manager:
-    def residence(self, _name: str) -> None:
-        return None
+    place: Residence | None = None
+
+    def residence(self, _name: str) -> Residence | None:
+        return self.place
 
     def outlooks(self) -> dict[int, Outlook]:
         return {}
@@ -161,6 +211,35 @@ def test_a_snapshot_holds_all_of_it_and_counts_changes() -> None:
     assert third.revisions["logs"] > second.revisions["logs"]
     assert [line.text for line in backend.logs("qwen").lines] == ["one", "two"]
     assert backend.logs("nobody").lines == ()
+
+
+def test_progress_and_activity_count_as_changes_of_the_models() -> None:
+    bus, manager, loading, busy = EventBus(), Manager(), LoadingRunner(0.101), LoadedRunner()
+    catalog = Catalog([a_model()])
+    sources = Sources(
+        catalog=lambda: catalog,
+        manager=manager,
+        proxies=[],
+        hardware=HardwareSampler(tuple),
+        requests=RequestLog(bus),
+        logs=LogBook(None),
+        started_at=1.0,
+        is_stopping=lambda: False,
+    )
+    backend = LocalBackend(sources, bus)
+    asleep = backend.snapshot().revisions["models"]
+    manager.place = residence(runner=loading)
+    begun = backend.snapshot().revisions["models"]
+    loading.progress = 0.104  # still ten hundredths
+    assert backend.snapshot().revisions["models"] == begun > asleep
+    loading.progress = 0.2
+    further = backend.snapshot().revisions["models"]
+    assert backend.snapshot().revisions["models"] == further > begun
+    manager.place = residence(runner=busy)
+    ready = backend.snapshot().revisions["models"]
+    busy.activity = Activity((SlotActivity(0, 7, SlotPhase.PROMPT, fraction=0.42),))
+    working = backend.snapshot().revisions["models"]
+    assert backend.snapshot().revisions["models"] == working > ready > further
 
 
 async def test_commands_on_unknown_models_are_told() -> None:

@@ -22,6 +22,7 @@ from llamarunner.errors import EngineError
 from llamarunner.events import Event, EventBus, RunnerChanged
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.runner import Runner
+from llamarunner.telemetry.logs import EngineLog, LogRing
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fakes" / "fake_engine.py"
 
@@ -79,10 +80,11 @@ if hasattr(asyncio, "eager_task_factory"):
     LOOPS["eager"] = new_eager_loop
 
 
-class ListLog:
-    """An EngineLog that keeps everything."""
+class ListLog(EngineLog):
+    """One that keeps everything."""
 
     def __init__(self) -> None:
+        super().__init__(LogRing(), write=lambda at, lines: None, closed=lambda: None)
         self.data = b""
         self.fed_at = 0.0
         self.closed = 0
@@ -91,11 +93,13 @@ class ListLog:
         assert not self.closed, "output after the log was closed"
         self.data += block
         self.fed_at = time.monotonic()
+        super().feed(block)
 
     def tail(self, lines: int) -> tuple[str, ...]:
         return tuple(self.data.decode(errors="replace").splitlines()[-lines:])
 
     def close(self) -> None:
+        super().close()
         self.closed += 1
 
 

@@ -181,6 +181,8 @@ def _of_request(request: RequestView) -> list[Fact]:
     facts: list[Fact] = [("status", state, style)]
     if request.error:
         facts.append(("error", request.error, "bad-strong"))
+    if request.stripped:
+        facts.append(("left out", f"{request.stripped}: its engine cannot do them", "warn"))
     if request.waiting_for:
         left = f", about {words.duration(request.left_s)} yet" if request.left_s is not None else ""
         facts.append(("turn", f"number {request.position}{left}", "warn"))

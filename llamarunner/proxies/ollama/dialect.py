@@ -236,7 +236,7 @@ class OllamaDialect:
     async def _context(self, lease: Lease, body: Mapping[str, Any], model: Model, answer: Answer) -> list[int] | None:
         """The tokens of prompt and answer, which clients may send back to go on from here; None where the engine has no
         way to tell."""
-        if body.get("suffix"):
+        if body.get("suffix") or not lease.plan.is_llama_cpp:
             return None
         try:
             rendered = await self._relay.call(lease, "/apply-template", {"messages": generate_messages(body, model)})
