@@ -205,6 +205,7 @@ def model_view(model: Model, residence: Residence | None, hardware: HardwareSamp
         argv=runner.plan.argv if runner is not None and runner.plan is not None else (),
         memory_bytes=measured.memory_bytes if measured is not None else None,
         gpu_bytes=measured.gpu_bytes if measured is not None else None,
+        estimated_bytes=residence.estimated_bytes if residence is not None else None,
         context=runner.context if runner is not None else None,
         slots=runner.slots if runner is not None else None,
         in_flight=residence.in_flight if residence is not None else 0,

@@ -50,6 +50,7 @@ class ModelView:
     argv: tuple[str, ...] = ()
     memory_bytes: int | None = None  # resident in RAM
     gpu_bytes: int | None = None  # in GPU memory
+    estimated_bytes: int | None = None  # of both, told from its header before it ran
     context: int | None = None  # tokens for each request, as the engine reports it once ready
     slots: int | None = None
     in_flight: int = 0  # requests being answered now

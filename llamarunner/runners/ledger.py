@@ -94,6 +94,16 @@ class Ledger:
             return self._footprints.corrected(place.need, key, placement)
         return place.need
 
+    def estimated(self, place: Place) -> int | None:
+        """Bytes in all, of where it lies or last lay; as the header tells, whatever was measured since."""
+        if place.need is None or place.placement is None:
+            return None
+        if place.placement.gpu_layers is None:
+            return place.need.on_cpu()
+        shares = place.placement.tensor_split or (place.placement.gpu_layers,)
+        allocation = place.need.on_gpus(shares)
+        return allocation.ram + sum(allocation.gpus)
+
     def held(self, place: Place) -> Mapping[str, int]:
         """Measured once it is ready, promised before."""
         promised = place.placement.bytes_by_device if place.placement is not None else {}

@@ -255,7 +255,7 @@ class RunnerManager:
     def residence(self, name: str) -> Residence | None:
         """Of the model of this name; None where it never was loaded."""
         place = self._places.get(name)
-        return None if place is None else place.residence(time.monotonic())
+        return None if place is None else place.residence(time.monotonic(), self._ledger.estimated(place))
 
     def outlooks(self) -> Mapping[int, Outlook]:
         """What each waiting request may be told, by request id."""

@@ -43,6 +43,7 @@ class Residence:
     idle_left_s: float | None  # until it is unloaded for idleness; None while it is busy or not ready
     failure: EngineError | None
     failed_s: float  # since the failure
+    estimated_bytes: int | None = None  # of memory, before anything was measured
     load_s: float | None = None  # how long the newest load that succeeded took
 
 
@@ -107,7 +108,7 @@ class Place:
             is_local=self.is_local,
         )
 
-    def residence(self, now: float) -> Residence:
+    def residence(self, now: float, estimated_bytes: int | None = None) -> Residence:
         idle = self.runner is not None and self.idle_since is not None
         return Residence(
             runner=self.runner,
@@ -117,6 +118,7 @@ class Place:
             idle_left_s=max(0.0, self.resident().expires - now) if idle else None,
             failure=self.failure,
             failed_s=now - self.failed_at if self.failure else 0.0,
+            estimated_bytes=estimated_bytes,
             load_s=self.load_s,
         )
 

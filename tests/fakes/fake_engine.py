@@ -8,6 +8,9 @@ request, so that a test can change the behaviour of a running engine. Keys, all 
   junk_bytes      print so many bytes without a newline at start
   load_s          seconds until the model is "loaded" (0.05); until then every route is 503 "Loading model"
   load_log_every_s  print a progress line this often while loading
+  load_log        texts to print while loading, spread evenly over load_s; no newline is added to them
+  prompt_log      lines to print when a generation begins, before prompt_s
+  end_log         lines to print when it has ended
   exit            {"at": "start" | "load" | "ready" | "prompt" | "token:N", "code": 1} or {"at": ..., "signal": 11};
                   "load" is in place of becoming ready, "ready" is `"after_s"` (0.2) after /props (with no_props:
                   /health) was first answered, "token:N" after N tokens
@@ -212,6 +215,8 @@ class FakeEngine:
         shape = Chat(self.model) if "chat" in request.path else Text(self.model, request.path)
         if await self.fault(request, script, "prompt"):
             return web.Response()
+        for line in script.get("prompt_log", []):
+            say(line)
         await asyncio.sleep(script.get("prompt_s", 0))
         if raw := script.get("raw"):
             return await self.replay(request, raw)
@@ -235,6 +240,8 @@ class FakeEngine:
             if await self.fault(request, script, f"token:{count}"):
                 return response or web.Response()
             await asyncio.sleep(script.get("delay_s", 0))
+        for line in script.get("end_log", []):
+            say(line)
         took_ms = (time.monotonic() - started) * 1000 + 0.001
         n = len(pieces)
         usage = {
@@ -346,6 +353,11 @@ class FakeEngine:
         script = self.script.read()
         say(f"srv    load_model: loading model '{self.flags.get('model', '')}'")
         left, step = float(script.get("load_s", 0.05)), script.get("load_log_every_s", 0)
+        if texts := script.get("load_log"):
+            for text in texts:
+                print(text, end="", flush=True)
+                await asyncio.sleep(left / len(texts))
+            left = 0
         while left > 0:
             await asyncio.sleep(min(left, step or left))
             left -= step or left

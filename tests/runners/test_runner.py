@@ -17,6 +17,7 @@ from running import Bench, children, is_alive, open_files, pid_in, soon
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import EngineConfig, ModelSettings
+from llamarunner.engines.log_events import Activity, SlotPhase
 from llamarunner.errors import EngineGoneError, EngineMissingError, LoadError, ModelFileError
 from llamarunner.events import RunnerState
 from llamarunner.runners import runner as runner_module
@@ -209,6 +210,88 @@ def test_log_lines_about_our_own_questions_are_no_progress(bench: Bench) -> None
     assert runner._progress_at == 0
     runner._on_output(b"request: GET /health 127.0.0.1 503\nload_tensors: .\n")
     assert runner._progress_at > 0
+
+
+# --- what it says of itself --------------------------------------------------------------------------------------
+
+
+async def test_the_engine_tells_how_far_its_load_is(bench: Bench) -> None:
+    texts = ["load_tensors: loading model tensors, this can take a while... (mmap = true)\n", *(["." * 10] * 9), "\n"]
+    runner = bench.runner(load_s=1.2, load_log=texts)
+    assert runner.progress is None
+    seen: list[float] = []
+    feed = runner._log.feed
+
+    def watched(block: bytes) -> None:
+        feed(block)
+        if runner.progress is not None:
+            seen.append(runner.progress)
+
+    runner._log.feed = watched  # type: ignore[method-assign]  # to look after each block, however the loop is held up
+    await runner.start()
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2, "the row of dots is read before it ends"
+    assert seen[-1] == 0.9
+    assert runner.progress is None, "it does not load any more"
+
+
+async def test_a_load_that_is_begun_anew_is_told_anew(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        taken, original = [silent.getsockname()[1]], runner_module._free_port
+        monkeypatch.setattr(runner_module, "_free_port", lambda: taken.pop() if taken else original())
+        before_and_after: list[float | None] = []
+        runner = bench.runner(log=["." * 40])
+        begin = runner._log_view.begin
+
+        def begun() -> None:
+            before_and_after.append(runner.progress)
+            begin()
+            before_and_after.append(runner.progress)
+
+        monkeypatch.setattr(runner._log_view, "begin", begun)
+        await runner.start()
+    assert before_and_after == [None, None, 0.4, None]
+
+
+async def test_an_engine_whose_log_is_not_known_tells_nothing(bench: Bench) -> None:
+    runner = bench.runner(
+        load_s=0.3, log=["INFO:     Started server process [4711]", "Loading weights:  43%|####    |"]
+    )
+    told: list[float | None] = []
+    bench.bus.subscribe(lambda _: told.append(runner.progress))
+    await runner.start()
+    assert told == [None] * 3
+    assert runner.activity == Activity()
+
+
+async def test_the_engine_tells_what_its_slots_do(bench: Bench) -> None:
+    at_work = [
+        "slot launch_slot_: id  1 | task 7 | processing task, is_child = 0",
+        "slot update_slots: id  1 | task 7 | new prompt, n_ctx_slot = 2048, n_keep = 0, task.n_tokens = 1000",
+        "slot update_slots: id  1 | task 7 | prompt processing progress, n_tokens = 420, batch.n_tokens = 420, "
+        "progress = 0.420000",
+    ]
+    released = "slot      release: id  1 | task 7 | stop processing: n_tokens = 1003, truncated = 0"
+    runner = bench.runner(prompt_log=at_work, prompt_s=0.5, end_log=[released])
+    await runner.start()
+    assert runner.plan is not None
+
+    def doing() -> list[tuple[int, str]]:
+        return [(slot.slot, slot.label) for slot in runner.activity.slots if slot.phase is not SlotPhase.IDLE]
+
+    assert doing() == []
+    post = bench.session.post(runner.plan.base_url + "/completion", json={}, headers=runner.plan.headers)
+    async with asyncio.TaskGroup() as group:
+        answer = group.create_task(post.__aenter__())
+        await soon(doing)
+        assert doing() == [(1, "prompt 42 %")]
+        assert not answer.done()
+    answer.result().release()
+    await soon(lambda: not doing())
+    await runner.stop("enough")
+    assert runner.activity == Activity()
 
 
 # --- it is stopped while it loads --------------------------------------------------------------------------------

@@ -121,6 +121,18 @@ def test_the_next_engine_of_a_model_goes_on_counting(book: LogBook) -> None:
     assert book.page("unknown") == ((), 0)
 
 
+def test_each_line_is_told_once_and_a_row_of_dots_while_it_grows(book: LogBook) -> None:
+    log, told = book.open("qwen"), list[str]()
+    log.feed(b"before anybody listens\n")
+    log.on_line = told.append
+    for block in (b"one\ntw", b"o\n\n.", b".", b"..", b".\nthree", b" and\r\n", b"the last"):
+        log.feed(block)
+    assert told == ["one", "two", "..", "....", ".....", "three and"]
+    log.close()
+    assert told[-1] == "the last"
+    assert texts(book, "qwen") == ["before anybody listens", "one", "two", ".....", "three and", "the last"]
+
+
 def test_order_is_kept_over_a_hundred_thousand_lines(book: LogBook, tmp_path: Path) -> None:
     log = book.open("busy")
     data = b"".join(b"line %d\n" % number for number in range(100_000))

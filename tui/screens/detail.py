@@ -152,6 +152,7 @@ def _of_model(model: ModelView, snapshot: Snapshot) -> list[Fact]:
         ("unloads in", idle),
         ("speed", f"{words.rate(model.tokens_per_s)} tokens/s" if model.tokens_per_s else ""),
         ("memory", ", ".join(filter(None, memory))),
+        ("estimated", _estimate(model)),
         ("context", f"{model.context} tokens a request" if model.context else ""),
         ("load took", words.duration(model.load_s) if model.load_s is not None else ""),
         ("pinned", "yes: never unloaded to make room" if model.pinned else ""),
@@ -174,6 +175,14 @@ def _of_model(model: ModelView, snapshot: Snapshot) -> list[Fact]:
         text = f"{status:<10} {words.clock(request.started_at)}  {request.client}  {words.duration(request.total_s)}"
         facts.append(("requests" if index == 0 else "", text, style))
     return facts
+
+
+def _estimate(model: ModelView) -> str:
+    if not model.estimated_bytes:
+        return ""
+    measured = (model.gpu_bytes or 0) + (model.memory_bytes or 0)
+    error = f", {model.estimated_bytes / measured - 1:+.0%} of what was measured" if measured else ""
+    return f"{words.size(model.estimated_bytes)}{error}"
 
 
 def _of_request(request: RequestView) -> list[Fact]:
