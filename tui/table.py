@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
+
 from tui.lines import Line, Span
 from tui.text import Align, fit
 
@@ -25,6 +27,7 @@ class Cell:
     text: str
     style: str = ""
     order: Any = None  # what it is sorted by, None last
+    short: str = ""  # in place of a text that there is no room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ def row_line(row: Row, fitted: Sequence[Fitted], gap: int, background: str) -> L
     for item in fitted:
         cell = row.cells[item.column.key]
         style = "muted" if row.faded and not cell.style else cell.style
+        text = cell.short if cell.short and cell_len(cell.text) > item.width else cell.text
         # the gap belongs to its cell: a span of its own would cost 25 bytes of colours
-        spans.append((fit(cell.text, item.width, item.column.align) + " " * gap, style))
+        spans.append((fit(text, item.width, item.column.align) + " " * gap, style))
     return Line(tuple(spans), background)

@@ -450,3 +450,22 @@ async def test_random_traffic_keeps_every_promise(make_stage: Any) -> None:
     for name in "abc":
         residence = stage.at(name)
         assert (residence.in_flight, residence.queued) == (0, 0)
+
+
+async def test_how_long_a_load_took_is_known_when_the_next_begins(make_stage: Any) -> None:
+    stage = make_stage()
+    model = stage.model("a", load_s=0.2)
+    assert stage.at("a").load_s is None
+    await use(stage, model)
+    took = stage.at("a").load_s
+    assert took is not None
+    assert took >= 0.2
+    await stage.manager.unload(model)
+    again = asyncio.create_task(use(stage, model))
+    await soon(lambda: stage.spawns("a") == 2)
+    runner = stage.at("a").runner
+    assert runner is not None
+    assert runner.load_s is None
+    assert runner.load_begun is not None
+    assert stage.at("a").load_s == took
+    await again

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from llamarunner.control.snapshot import ModelView, RunnerState
 from tui.lines import Line, changed_cells
-from tui.panes.models import ModelsPane
+from tui.panes.models import ModelsPane, model_row
 from tui.panes.requests import RequestsPane
 from tui.table import Cell, Column, Row, Sort, fit_columns, header_line, row_line, select_rows
 
@@ -47,6 +48,13 @@ def test_lines_align_whatever_the_names_are_made_of() -> None:
     }
     assert widths == {cell_len(header_line(fitted, Sort("a"), 2).text)}
     assert "A▲" in header_line(fitted, Sort("a"), 2).text
+
+
+@given(st.integers(32, 200), st.sampled_from([RunnerState.STARTING, RunnerState.LOADING]), st.integers(0, 99))
+def test_the_progress_of_a_load_is_whole_at_every_width(width: int, state: RunnerState, percent: int) -> None:
+    loading = model_row(ModelView("a-model-whose-name-takes-room", state, progress=percent / 100))
+    line = row_line(loading, fit_columns(ModelsPane.COLUMNS, width, 1), 1, "")
+    assert f"{percent}%" in line.text.split()
 
 
 def test_only_changed_cells_are_painted() -> None:

@@ -20,7 +20,7 @@ class ModelsPane(TablePane):
     NUMBER, TITLE = 2, "Models"
     COLUMNS = (
         Column("name", "NAME", 18, most=36),
-        Column("state", "STATE", 10),
+        Column("state", "STATE", 10, most=14),
         Column("memory", "MEM", 6, "right", 2),
         Column("context", "CTX", 5, "right", 4),
         Column("slots", "SLOTS", 5, "right", 3),
@@ -84,6 +84,10 @@ def model_row(model: ModelView) -> Row:
     state, style = words.model_state(model)
     if model.problem and model.state is RunnerState.STOPPED:
         state, style = "✗ unusable", "bad"
+    short = ""
+    if model.progress is not None:
+        share = words.percent(model.progress)
+        state, short = f"{state} {share}", f"{state[0]} {share}"
     asleep = model.state is RunnerState.STOPPED
     memory = (model.memory_bytes or 0) + (model.gpu_bytes or 0) or None
     slots = f"{model.in_flight}/{model.slots}" if model.slots else words.NOTHING
@@ -92,7 +96,7 @@ def model_row(model: ModelView) -> Row:
     name = plain(model.name)
     cells = {
         "name": Cell(name + (" •" if model.pinned else ""), "" if asleep else "strong", name.casefold()),
-        "state": Cell(state, style, list(RunnerState).index(model.state)),
+        "state": Cell(state, style, list(RunnerState).index(model.state), short),
         "memory": Cell(words.size(memory), order=memory),
         "context": Cell(words.tokens(model.context), order=model.context),
         "slots": Cell(slots, "accent" if model.in_flight else "", model.in_flight if model.slots else None),

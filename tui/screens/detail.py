@@ -140,6 +140,8 @@ def _of_model(model: ModelView, snapshot: Snapshot) -> list[Fact]:
         facts.append(("problem", model.problem, "bad-strong"))
     if model.hint:
         facts.append(("what helps", model.hint, "accent"))
+    if model.progress is not None:
+        facts.append(("loaded so far", words.percent(model.progress), style))
     facts.append(("", " ", ""))
     if model.slots:
         waiting = f", {model.queued} waiting" if model.queued else ""
@@ -149,6 +151,7 @@ def _of_model(model: ModelView, snapshot: Snapshot) -> list[Fact]:
               f"{words.size(model.memory_bytes)} in RAM" if model.memory_bytes else ""]  # fmt: skip
     kind = " ".join(part for part in (model.architecture, model.parameter_size, model.quantization) if part)
     known: list[tuple[str, str]] = [
+        ("at work", ", ".join(model.activity)),
         ("unloads in", idle),
         ("speed", f"{words.rate(model.tokens_per_s)} tokens/s" if model.tokens_per_s else ""),
         ("memory", ", ".join(filter(None, memory))),
