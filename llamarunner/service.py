@@ -31,6 +31,7 @@ from llamarunner.runners.footprints import Footprints
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.ledger import Ledger
 from llamarunner.runners.manager import RunnerManager
+from llamarunner.runners.orphans import EngineList
 from llamarunner.telemetry.hardware import HardwareSampler
 from llamarunner.telemetry.logs import LogBook
 from llamarunner.telemetry.requests import RequestLog
@@ -58,6 +59,7 @@ class Service:
         self._bus = EventBus()
         self._requests = RequestLog(self._bus)
         self._guardian = Guardian()
+        self._engine_list = EngineList(paths.state_dir() / "engines", self._guardian)
         self._hardware = HardwareSampler(self._engine_pids)
         self._catalog = Catalog()
         self._pids: tuple[int, ...] = ()
@@ -109,6 +111,7 @@ class Service:
         self._hardware.start()
         footprints = Footprints(paths.state_dir() / "footprints.json")
         await asyncio.to_thread(footprints.load)
+        await self._engine_list.start()
         self._manager = RunnerManager(
             engines,
             config.scheduler,
@@ -192,6 +195,7 @@ class Service:
         if self._session is not None:
             await self._session.close()
         await self._guardian.close()
+        await self._engine_list.close()
         await asyncio.to_thread(self._hardware.stop)
         self._requests.close()
 

@@ -32,6 +32,8 @@ LIVE_PHASES = frozenset({RequestPhase.QUEUED, RequestPhase.LOADING, RequestPhase
 
 
 def model_state(model: ModelView) -> tuple[str, str]:
+    if model.hung_s is not None:
+        return "✗ hung", "bad"
     glyph, style = _STATES[model.state]
     busy = model.state is RunnerState.READY and model.in_flight
     return (f"{glyph} busy", "accent") if busy else (f"{glyph} {model.state}", style)

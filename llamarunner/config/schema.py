@@ -271,6 +271,11 @@ class ModelSettings(Section):
     """Once loaded, never unload to make room or for idleness."""
     load_timeout: Duration = 300.0
     """A load that shows no progress for this long has failed."""
+    hang_timeout: Duration = 120.0
+    """An engine that owes an answer and gives no sign of life for this long is reported as hung; 0 never looks. Of a
+    prompt llama.cpp shows one only after each batch, mostly 2048 tokens: a slow machine needs longer."""
+    restart_hung: bool = False
+    """End a hung engine of this machine: its requests fail, and the next one loads the model again."""
     chat_template: str | None = None
     """A template llama.cpp knows by name ("chatml"), or the path of a .jinja file; the model's own otherwise."""
     embeddings: bool | None = None

@@ -41,6 +41,7 @@ from llamarunner.runners.runner import Runner
 from llamarunner.telemetry.hardware import HardwareSample, HardwareSampler
 from llamarunner.telemetry.logs import LogBook
 from llamarunner.telemetry.requests import RequestLog
+from llamarunner.units import format_duration
 
 _MAX_REQUESTS = 200  # shown at once; the log keeps more
 _MOST_TOLD, _MOST_ESTIMATED = 0.99, 0.95  # of a load that is not over
@@ -92,7 +93,7 @@ class LocalBackend:
         self._sources = sources
         self._changes = {"models": 0, "proxies": 0}
         self._seen_catalog: Catalog | None = None
-        self._seen_work: list[tuple[str, float | None, tuple[str, ...]]] = []
+        self._seen_work: list[tuple[str, float | None, tuple[str, ...], float | None]] = []
         bus.subscribe(self._note)
 
     def _note(self, event: Event) -> None:
@@ -111,7 +112,11 @@ class LocalBackend:
             self._seen_catalog = catalog
             self._changes["models"] += 1
         models = tuple(self._model_view(model, hardware) for model in catalog)
-        work = [(view.name, view.progress, view.activity) for view in models if view.progress or view.activity]
+        work = [
+            (view.name, view.progress, view.activity, view.hung_s)
+            for view in models
+            if view.progress or view.activity or view.hung_s
+        ]
         if work != self._seen_work:
             self._seen_work = work
             self._changes["models"] += 1
@@ -196,7 +201,7 @@ def model_view(model: Model, residence: Residence | None, hardware: HardwareSamp
         quantization=details.quantization,
         file_bytes=model.size_bytes,
         capabilities=tuple(sorted(model.capabilities)),
-        problem=model.problem or (failure.message if failure is not None else ""),
+        problem=model.problem or (failure.message if failure is not None else _hung_text(residence)),
         hint=model.hint or (failure.hint if failure is not None else ""),
         pinned=model.settings.pin,
         runner_id=runner.runner_id if runner is not None else None,
@@ -216,7 +221,14 @@ def model_view(model: Model, residence: Residence | None, hardware: HardwareSamp
         progress=load_progress(runner, residence.load_s) if runner is not None and residence is not None else None,
         activity=activity_of(runner) if runner is not None else (),
         idle_left_s=math.inf if idle_left is not None and model.settings.pin else idle_left,
+        hung_s=residence.hung_s if residence is not None else None,
     )
+
+
+def _hung_text(residence: Residence | None) -> str:
+    if residence is None or residence.hung_s is None:
+        return ""
+    return f"no sign of life for {format_duration(float(int(residence.hung_s)))}"
 
 
 def load_progress(runner: Runner, last_s: float | None) -> float | None:

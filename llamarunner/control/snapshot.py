@@ -61,6 +61,7 @@ class ModelView:
     progress: float | None = None  # of the load, 0..1, in steps of a hundredth: as told by the engine, or estimated
     activity: tuple[str, ...] = ()  # what each busy slot does: "slot 0: prompt 42 %"
     idle_left_s: float | None = None  # until it is unloaded; None while busy, inf when never
+    hung_s: float | None = None  # its engine owes an answer and gives no sign of life for so long
 
 
 @dataclass(frozen=True, slots=True)

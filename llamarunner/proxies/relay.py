@@ -128,9 +128,10 @@ class Relay:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise await _gone(lease, error) from error
         async with upstream:
-            if upstream.status >= 300:
-                raise refusal(upstream.status, await read_most(upstream, ERROR_BYTES))
-            yield upstream
+            with lease.runner.answers.receiving(upstream):
+                if upstream.status >= 300:
+                    raise refusal(upstream.status, await read_most(upstream, ERROR_BYTES))
+                yield upstream
 
     async def call(self, lease: Lease, path: str, body: object) -> dict[str, Any]:
         """A quick question to the engine under a lease already held (tokenize, apply-template)."""

@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,9 @@ class Guardian:
 
     def __init__(self) -> None:
         self._groups: dict[int, str] = {}
+        self._names: dict[int, str] = {}
+        self.on_change: Callable[[], None] | None = None
+        """Called when another group is guarded, or one less."""
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe = -1
 
@@ -36,14 +40,29 @@ class Guardian:
         if self._process is None:
             self._spawn()
 
-    def add(self, pgid: int, tag: str = "") -> None:
+    @property
+    def guarded(self) -> list[tuple[int, str, str]]:
+        """Group, tag and name of each."""
+        return [(pgid, tag, self._names[pgid]) for pgid, tag in self._groups.items()]
+
+    def add(self, pgid: int, tag: str = "", name: str = "") -> None:
         """Guard a process group from now on, and any process with `tag` in its environment, whatever its group."""
         self._groups[pgid] = tag
+        self._names[pgid] = name
         self._send(f"add {pgid} {tag}")
+        self._tell()
 
     def remove(self, pgid: int) -> None:
-        if self._groups.pop(pgid, None) is not None and self._process is not None:
+        if self._groups.pop(pgid, None) is None:
+            return
+        del self._names[pgid]
+        if self._process is not None:
             self._send(f"del {pgid}")
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     async def close(self) -> None:
         """End it. Groups that were not removed are stopped, as if we had died."""

@@ -16,9 +16,11 @@ import psutil
 from llamarunner.engines import remote
 from llamarunner.engines.engine import LaunchPlan
 from llamarunner.runners.process import EngineProcess
+from llamarunner.runners.watchdog import SlotsLook
 
 _TIMEOUT_S = 5.0
 _PROPS_BYTES = 4 * 1024**2  # they hold the chat template
+_SLOTS_S = 2.0
 _REFUSED = (401, 403)
 _MISSES = 3
 
@@ -100,6 +102,15 @@ async def until_lost(
                 return error
         else:
             misses = 0
+
+
+async def ask_slots(session: aiohttp.ClientSession, plan: LaunchPlan) -> SlotsLook:
+    """What a llama.cpp says its slots do."""
+    try:
+        status, body = await _get(session, f"{plan.base_url}/slots", plan.headers, _SLOTS_S)
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return SlotsLook()
+    return SlotsLook(has_slots=status == 200, fingerprint=hash(body))
 
 
 async def _get(

@@ -36,6 +36,7 @@ from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerState
 from llamarunner.runners.crash import CauseKind
 from llamarunner.runners.footprints import Footprints
 from llamarunner.runners.guardian import Guardian
+from llamarunner.runners.hangs import watch_for_hang
 from llamarunner.runners.ledger import Ledger, NoGauge, placed
 from llamarunner.runners.outlook import Outlook, outlooks
 from llamarunner.runners.place import Place, Residence, Waiter, not_yet
@@ -107,6 +108,8 @@ class RunnerManager:
         place = self._place(model)
         runner = await self._grant(place, trace, keep_alive_s)
         granted = time.monotonic()
+        unstreamed = trace is None or not trace.stream
+        place.unstreamed += unstreamed
         if trace is not None:
             trace.granted = granted
             trace.phase = RequestPhase.PROMPT
@@ -118,6 +121,7 @@ class RunnerManager:
             if trace is not None:
                 place.note_answer(time.monotonic() - granted)
         finally:
+            place.unstreamed -= unstreamed
             self._release(place)
 
     async def _grant(self, place: Place, trace: RequestTrace | None, keep_alive_s: float | None) -> Runner:
@@ -136,7 +140,12 @@ class RunnerManager:
         waiter = Waiter(next(self._numbers), time.monotonic(), self._loop.create_future(), trace, keep_alive_s)
         place.waiters.append(waiter)
         self._mark_waiting(place, waiter)
-        self._reconsider()
+        try:
+            self._reconsider()
+        except BaseException:
+            if waiter in place.waiters:
+                place.waiters.remove(waiter)  # or it would stand in the way of all who come after
+            raise
         try:
             return await waiter.granted
         except asyncio.CancelledError:
@@ -326,8 +335,8 @@ class RunnerManager:
                 case Drain(reason=reason):
                     if place.runner is not None:
                         place.runner.drain(reason)
-                case Refuse(message=message):
-                    self._fail(place, DoesNotFitError(message))
+                case Refuse(message=message, hint=hint, is_wrong=is_wrong):
+                    self._fail(place, EngineError(message, hint=hint) if is_wrong else DoesNotFitError(message))
         if self._wake is not None:
             self._wake.cancel()
         if math.isinf(decision.wake_at):
@@ -388,6 +397,8 @@ class RunnerManager:
             place.load_s = runner.load_s
             place.is_second_try = False
             self._own(self._ledger.measure(place), f"measure {place.model.name}")
+            hangs = watch_for_hang(place, runner, self._session, self._on_hung)
+            self._own(hangs, f"watch for a hang of {place.model.name}")
             place.idle_since = time.monotonic()
             self._serve_waiters(place, runner)
         self._reconsider()
@@ -441,6 +452,15 @@ class RunnerManager:
             place.stopping = False
             place.idle_since = None
             self._reconsider()
+
+    def _on_hung(self, place: Place, runner: Runner, error: EngineGoneError) -> None:
+        """Reported by now. A server elsewhere is not ours to end."""
+        is_ours = runner.plan is not None and not runner.plan.url
+        if place.model.settings.restart_hung and is_ours and place.runner is runner and not place.stopping:
+            runner.error = place.failure = error
+            place.failed_at = time.monotonic()
+            place.restarts.failed(place.failed_at)
+            self._stop(place, error.message)
 
     def _on_ended(self, runner: Runner) -> None:
         """An engine ended by itself: those it was answering see their connection break; the next request loads it."""

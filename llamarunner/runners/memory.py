@@ -11,7 +11,8 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 from llamarunner.catalog.catalog import Model, ModelDetails, Weights
@@ -91,6 +92,31 @@ class Need:
     wishes: Wishes = Wishes()
     ram_correction: int = 0  # what was measured less what was estimated
     gpu_correction: int = 0  # likewise, of each GPU
+    # worked out once: placing asks for them again and again
+    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of the units on a GPU, from the first
+    _ram_from: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of layers, by how many stay in RAM
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", (0, *accumulate(self.unit_sizes())))
+        kept = 0
+        whole: list[int] = [0]
+        for layer in self.layers:
+            kept += layer.weights + layer.experts + layer.cache
+            whole.append(kept)
+        beside = 0
+        rest: list[int] = [0]
+        for number in range(len(self.layers) - 1, -1, -1):
+            layer = self.layers[number]
+            beside += layer.experts if number < self.cpu_experts else 0
+            beside += 0 if self.cache_on_gpu else layer.cache
+            rest.append(beside)
+        rest.reverse()
+        object.__setattr__(self, "_ram_from", tuple(map(sum, zip(whole, rest, strict=True))))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where each unit ends, counted in bytes of GPU memory from the first."""
+        return self._ends
 
     @property
     def units(self) -> int:
@@ -128,9 +154,9 @@ class Need:
         offloaded = sum(shares)
         if not offloaded:
             return Allocation(self.on_cpu(), (0,) * len(shares))
-        sizes, at, gpus = self.unit_sizes(), self.units - offloaded, []
+        ends, at, gpus = self._ends, self.units - offloaded, []
         for share in shares:
-            gpus.append(sum(sizes[at : at + share]) + self.on_each_gpu if share else 0)
+            gpus.append(ends[at + share] - ends[at] + self.on_each_gpu if share else 0)
             at += share
         first = next(number for number, share in enumerate(shares) if share)
         gpus[first] += self.on_first_gpu
@@ -139,10 +165,7 @@ class Need:
     def ram_beside(self, offloaded: int) -> int:
         """RAM, with so many layers on GPUs."""
         kept = self.units - offloaded
-        layers = sum(layer.weights + layer.experts + layer.cache for layer in self.layers[:kept])
-        for number, layer in enumerate(self.layers[kept:], kept):
-            layers += layer.experts if number < self.cpu_experts else 0
-            layers += 0 if self.cache_on_gpu else layer.cache
+        layers = self._ram_from[max(kept, 0)]
         in_ram = self.compute if kept > 0 else self.host_compute
         projector = 0 if self.projector_on_gpu else self.projector
         draft = self.draft.input + self.draft.logits + self.draft.host_compute if self.draft else 0

@@ -45,6 +45,7 @@ class Residence:
     failed_s: float  # since the failure
     estimated_bytes: int | None = None  # of memory, before anything was measured
     load_s: float | None = None  # how long the newest load that succeeded took
+    hung_s: float | None = None  # without a sign of life from its engine, which owes an answer; None if all is well
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +55,7 @@ class Place:
     model: Model
     runner: Runner | None = None
     leases: int = 0
+    unstreamed: int = 0  # leases of requests that are answered in one piece
     waiters: deque[Waiter] = field(default_factory=deque)
     keep_alive_s: float = 0.0
     idle_since: float | None = None
@@ -61,6 +63,7 @@ class Place:
     failure: EngineError | None = None  # of the newest load or run, until the next one begins
     failed_at: float = 0.0
     stopping: bool = False
+    hung_s: float | None = None  # its runner owes an answer and has given no sign of life for so long, or None
     placement: Placement | None = None  # of its runner, or of the last it had
     need: Need | None = None  # as estimated; see `ledger.py`
     need_of: Model | None = None  # the model it was estimated of
@@ -120,6 +123,7 @@ class Place:
             failed_s=now - self.failed_at if self.failure else 0.0,
             estimated_bytes=estimated_bytes,
             load_s=self.load_s,
+            hung_s=self.hung_s,
         )
 
 

@@ -9,7 +9,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Literal
 
 from llamarunner.errors import UnsupportedError
@@ -182,7 +181,7 @@ class _Board:
         self._gpus = sorted(gpus, key=lambda gpu: gpu.free_bytes, reverse=True)
         self._as_listed = gpus
         self._hides = hides
-        self._ends = (0, *accumulate(need.unit_sizes()))  # where each layer ends, counted in bytes from the first
+        self._ends = need.ends
 
     def in_ram(self) -> Placement | Refusal:
         """The engine sees no GPU, or it would take some memory of each for its own ends."""
@@ -193,9 +192,10 @@ class _Board:
 
     def on_one(self, layers: int) -> Placement | None:
         """The fullest GPU that still has room, so that the emptier ones stay free for larger models."""
+        (size,) = self._need.on_gpus((layers,)).gpus
         for gpu in reversed(self._gpus):
-            if found := self._try([gpu], (layers,)):
-                return found
+            if size <= gpu.free_bytes:
+                return self._try([gpu], (layers,))
         return None
 
     def over(self, most: int, layers: int, *, fewest: int = 2) -> Placement | None:
@@ -245,6 +245,8 @@ class _Board:
         fit. Layers lie one after the other, so filling each GPU in turn fits whenever anything does."""
         rooms = [gpu.free_bytes - self._need.on_each_gpu for gpu in gpus]
         rooms[0] -= self._need.on_first_gpu
+        if sum(room for room in rooms if room > 0) < self._ends[-1] - self._ends[self._need.units - layers]:
+            return None
         best = self._fill(rooms, layers)
         low, high = 0.0, 1.0
         for _ in range(_HALVINGS if best else 0):

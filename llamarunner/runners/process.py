@@ -28,7 +28,7 @@ _LAST_BLOCKS = 64  # read at most so many after the end: a grandchild may go on 
 _POLL_S = 0.05
 _KILL_S = 10.0  # SIGKILL cannot be refused, but a driver can keep a process from ending
 _CLEAN_LOOKS = 2  # in a row: one look at all processes can miss a fork that happens meanwhile
-_TAG = "LLAMARUNNER_ENGINE"  # in the environment of the process, and so of whatever it starts
+TAG = "LLAMARUNNER_ENGINE"  # in the environment of the process, and so of whatever it starts
 _HAS_PROC = os.path.exists("/proc/self/environ")
 _PR_SET_PDEATHSIG = 1
 # looked up here: between fork and exec nothing may be imported or allocated that another thread could hold a lock of
@@ -72,8 +72,10 @@ class EngineProcess:
         *,
         on_output: Callable[[bytes], None],
         guardian: Guardian,
+        name: str = "",
     ) -> EngineProcess:
-        """Start `argv` with exactly `env`; `on_output` is called on the loop with each block of stdout and stderr.
+        """Start `argv` with exactly `env`; `on_output` is called on the loop with each block of stdout and stderr;
+        `name` is for those who read of it.
 
         Raises OSError where the program cannot be run. Must be called in the main thread.
         """
@@ -83,13 +85,13 @@ class EngineProcess:
         tag = secrets.token_hex(16)
         read_end, write_end = os.pipe()
         try:
-            popen = _popen(argv, {**env, _TAG: tag}, write_end)
+            popen = _popen(argv, {**env, TAG: tag}, write_end)
         except BaseException:
             os.close(read_end)
             raise
         finally:
             os.close(write_end)
-        guardian.add(popen.pid, tag)
+        guardian.add(popen.pid, tag, name)
         return cls(popen, read_end, tag, on_output, guardian)
 
     async def wait(self) -> int:
@@ -225,20 +227,20 @@ class EngineProcess:
         """Live processes that ours started, however they detached themselves: the tag in their environment stays."""
         family = set()
         for pid in psutil.pids():
-            if pid != self.pid and _environment_has(pid, self._tag):
+            if pid != self.pid and environment_has(pid, self._tag):
                 with contextlib.suppress(psutil.Error):  # it ended meanwhile
                     family.add(psutil.Process(pid))
         return family
 
 
-def _environment_has(pid: int, tag: str) -> bool:
+def environment_has(pid: int, tag: str) -> bool:
     """False also for those that ended, zombies, and other users' processes."""
     try:
         if _HAS_PROC:
             # as psutil does, at a fifth of the price: there may be thousands of processes to look at
             with open(f"/proc/{pid}/environ", "rb") as file:
                 return tag.encode() in file.read()
-        return psutil.Process(pid).environ().get(_TAG) == tag
+        return psutil.Process(pid).environ().get(TAG) == tag
     except (psutil.Error, OSError):
         return False
 

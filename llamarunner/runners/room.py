@@ -49,15 +49,21 @@ def plan_room(
         return place(need, without(devices, leaving), pinned=pinned, spread=spread, partial=how)
 
     def least(candidates: Sequence[Holder], how: Partial, layers: int | None) -> Room | None:
-        leaving: list[Holder] = []
+        # more memory never makes it worse, so that the number of those who must leave can be found by halving
         found = attempt((), how)
-        for holder in candidates:
-            if _is_as_good(found, layers):
-                break
-            leaving.append(holder)
-            found = attempt(leaving, how)
-        if isinstance(found, Refusal) or not _is_as_good(found, layers):
-            return None
+        low, high = -1, 0
+        if not _is_as_good(found, layers):
+            low, high, found = 0, len(candidates), attempt(candidates, how)
+            if not _is_as_good(found, layers):
+                return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            if _is_as_good(tried := attempt(candidates[:middle], how), layers):
+                high, found = middle, tried
+            else:
+                low = middle
+        assert isinstance(found, Placement)
+        leaving = list(candidates[:high])
         for holder in reversed(leaving[:-1]):  # the last was needed; of the others the most precious may stay first
             fewer = [other for other in leaving if other is not holder]
             if _is_as_good(again := attempt(fewer, how), layers) and not isinstance(again, Refusal):
@@ -91,6 +97,8 @@ def without(devices: Sequence[Device], leaving: Iterable[Holder]) -> tuple[Devic
         for device_id, size in holder.bytes_by_device.items():
             held[device_id] = held.get(device_id, 0) + size
     return tuple(
-        replace(device, used_by_ours_bytes=max(device.used_by_ours_bytes - held.get(device.id, 0), 0))
+        replace(device, used_by_ours_bytes=max(device.used_by_ours_bytes - held[device.id], 0))
+        if held.get(device.id)
+        else device
         for device in devices
     )

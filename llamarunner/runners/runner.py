@@ -25,6 +25,7 @@ from llamarunner.engines.engine import Engine, LaunchPlan
 from llamarunner.engines.log_events import Activity
 from llamarunner.errors import EngineError, EngineGoneError, EngineMissingError, LoadError, ModelFileError
 from llamarunner.events import EventBus, RunnerChanged, RunnerState
+from llamarunner.runners.answers import Answers
 from llamarunner.runners.crash import CauseKind, classify
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.health import KeyRefusedError, Props, StrangerError, ask_health, read_props, until_lost
@@ -100,6 +101,8 @@ class Runner:
         self.plan: LaunchPlan | None = None
         self.pid: int | None = None
         self.load_begun: float | None = None
+        self.answers = Answers()
+        self.spoke_at = 0.0  # its engine last logged anything but our own questions
         self.load_s: float | None = None
         self.context: int | None = None
         self.slots: int | None = None
@@ -218,7 +221,11 @@ class Runner:
             return await self._reach(plan)
         try:
             process = await EngineProcess.spawn(
-                plan.argv, _environment(plan), on_output=self._on_output, guardian=self._guardian
+                plan.argv,
+                _environment(plan),
+                on_output=self._on_output,
+                guardian=self._guardian,
+                name=self.model.name,
             )
         except OSError as error:
             raise EngineMissingError(
@@ -294,12 +301,11 @@ class Runner:
     # --- output ----------------------------------------------------------------------------------------------------
 
     def _on_output(self, block: bytes) -> None:
-        if self.state is RunnerState.LOADING or self.state is RunnerState.STARTING:
-            # some builds log each of our own questions, which is no progress
-            path = self.plan.health_path if self.plan else "/health"
-            own = (path if path != "/" else "GET / ").encode()
-            if any(line.strip() and own not in line for line in block.split(b"\n")):
-                self._progress_at = time.monotonic()
+        # some builds log each of our own questions, which is no progress
+        path = self.plan.health_path if self.plan else "/health"
+        own = (path if path != "/" else "GET / ").encode()
+        if any(line.strip() and own not in line and b"GET /slots" not in line for line in block.split(b"\n")):
+            self._progress_at = self.spoke_at = time.monotonic()
         self._log.feed(block)
 
     def _note(self, line: str) -> None:

@@ -18,12 +18,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from llamarunner.errors import UnsupportedError
 from llamarunner.events import RunnerState
 from llamarunner.runners.memory import Need
 from llamarunner.runners.placement import Device, Partial, Placement, Refusal, place
 from llamarunner.runners.room import Holder, plan_room, without
 from llamarunner.units import format_duration, format_size
 
+_CLEARED_AT_ONCE = 4  # models that room is sought for and cannot be had yet; who comes after them waits behind them
 _LEAVING = (RunnerState.DRAINING, RunnerState.STOPPING)
 _COMING = (RunnerState.STARTING, RunnerState.LOADING)
 
@@ -107,6 +109,8 @@ class Refuse:
 
     model: str
     message: str
+    hint: str = ""
+    is_wrong: bool = False  # what is configured for it is impossible on this machine, full or empty
 
 
 Action = Load | Unload | Drain | Refuse
@@ -124,7 +128,8 @@ def decide(facts: Facts) -> Decision:
     house = _House(facts, leaving)
     resident = {resident.model for resident in facts.residents}
     for waiting in facts.waiting:
-        if waiting.model not in resident:
+        is_too_far_behind = waiting.is_local and house.waiting_for_room >= _CLEARED_AT_ONCE
+        if waiting.model not in resident and not is_too_far_behind:
             house.serve(waiting)
     return Decision((*expired, *house.actions), _wake_at(facts, leaving))
 
@@ -144,6 +149,7 @@ class _House:
 
     def __init__(self, facts: Facts, leaving: set[str]) -> None:
         self.actions: list[Action] = []
+        self.waiting_for_room = 0
         self._facts = facts
         self._going = {r.model for r in facts.residents if r.model in leaving or r.state in _LEAVING}
         self._staying = [resident for resident in facts.residents if resident.model not in self._going]
@@ -153,6 +159,7 @@ class _House:
         # what is taken now, and once those who leave have left and those it was promised to have come
         self._now = self._then = _with_held(facts.devices, [resident.held for resident in facts.residents])
         local = [resident for resident in facts.residents if resident.is_local]
+        self._empty = _with_held(facts.devices, [resident.held for resident in facts.residents if resident.pinned])
         self._places = facts.max_loaded - len(local) if facts.max_loaded else math.inf
         self._places_coming = sum(resident.model in self._going for resident in local)
 
@@ -163,7 +170,11 @@ class _House:
             return
         is_patient = self._facts.now - waiting.since < self._facts.max_wait_s
         has_place = self._places > 0
+        if refusal := self._hopeless(waiting):
+            self.actions.append(refusal)
+            return
         if not has_place and not self._find_place(waiting, is_patient=is_patient):
+            self.waiting_for_room += 1
             return
         plan = self._plan(waiting)
         if isinstance(plan, Refusal):
@@ -176,11 +187,23 @@ class _House:
             self._places -= 1
             if not evict:
                 placement = self._load(waiting, placement)
+        if Load(waiting.model, placement) not in self.actions[-1:]:
+            self.waiting_for_room += 1
         if placement is not None:  # theirs from now on, though it may take a while until it is free
             self._then = _with_held(without(self._then, self._among(evict)), [placement.bytes_by_device])
             self._freed = [holder for holder in self._freed if holder.name not in evict]
             coming = Resident(waiting.model, RunnerState.LOADING, waiters=1, held=placement.bytes_by_device)
             self._staying.append(coming)  # whoever comes after may wait for it to leave again
+
+    def _hopeless(self, waiting: Waiting) -> Refuse | None:
+        """Before anybody leaves for it: one that would not fit if all of ours left, or asks for what is not there."""
+        if waiting.need is None or not self._empty:
+            return None
+        try:
+            found = place(waiting.need, self._empty, pinned=waiting.devices, partial=self._facts.partial)
+        except UnsupportedError as error:
+            return Refuse(waiting.model, error.message, error.hint, is_wrong=True)
+        return Refuse(waiting.model, found.message) if isinstance(found, Refusal) and not self._freed else None
 
     def _load(self, waiting: Waiting, planned: Placement | None) -> Placement | None:
         """Now, where there is room that nobody who leaves must give back first; otherwise it waits as planned."""
@@ -220,7 +243,9 @@ class _House:
         if not refusal.blockers:
             if not self._freed:  # what leaves now may give back more than is known
                 self.actions.append(Refuse(waiting.model, refusal.message))
-        elif not is_patient:
+            return
+        self.waiting_for_room += 1
+        if not is_patient:
             for resident in [resident for resident in self._staying if resident.model in refusal.blockers]:
                 if resident.state is RunnerState.READY:
                     self._drain(resident, waiting)
@@ -271,7 +296,9 @@ def _order(resident: Resident) -> tuple[float, float]:
 
 def _with_held(devices: Sequence[Device], held: Sequence[Mapping[str, int]]) -> tuple[Device, ...]:
     return tuple(
-        replace(device, used_by_ours_bytes=device.used_by_ours_bytes + sum(each.get(device.id, 0) for each in held))
+        replace(device, used_by_ours_bytes=device.used_by_ours_bytes + size)
+        if (size := sum(each.get(device.id, 0) for each in held))
+        else device
         for device in devices
     )
 

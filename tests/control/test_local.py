@@ -117,6 +117,12 @@ def test_what_busy_slots_do() -> None:
     assert view.activity == ("slot 0: prompt 42 %", "slot 2: generating")
 
 
+def test_a_hung_engine_is_a_problem_of_its_model() -> None:
+    view = model_view(a_model(), residence(runner=LoadedRunner(), hung_s=130.6), NO_HARDWARE, None)
+    assert (view.state, view.hung_s, view.problem) == (RunnerState.READY, 130.6, "no sign of life for 2m10s")
+    assert model_view(a_model(), residence(runner=LoadedRunner()), NO_HARDWARE, None).problem == ""
+
+
 def test_a_pinned_model_never_counts_down() -> None:
     place = residence(runner=LoadedRunner(), idle_left_s=12.0)
     assert model_view(a_model(), place, NO_HARDWARE, None).idle_left_s == 12.0

@@ -22,7 +22,8 @@ request, so that a test can change the behaviour of a running engine. Keys, all 
   no_auth         true: ask for no key
   n_ctx, slots    what /props says (from --ctx-size and --parallel otherwise; n_ctx is per slot)
   no_props        true: /props is 404
-  prompt_s        seconds before the first token
+  prompt_s        seconds before the first token; /slots shows how far the prompt is, and the tokens made
+  no_slots        true: /slots is 501
   tokens          strings to stream as content (["Hello", " there", "!"])
   reasoning       strings to stream as reasoning_content before them
   tool_calls      [{"name": ..., "arguments": "{...}"}] to stream after them
@@ -128,6 +129,8 @@ class FakeEngine:
         self.loaded = False
         self.seen_ready = asyncio.Event()
         self.busy = 0
+        self.prompt_begun: float | None = None
+        self.decoded = 0  # tokens, ever
         self.numbers = itertools.count(1)
 
     # --- one request -------------------------------------------------------------------------------------------
@@ -177,10 +180,15 @@ class FakeEngine:
                     "model_path": self.flags.get("model", ""), "chat_template": "", "build_info": "b0-fake",
                     "modalities": {"vision": False, "audio": False}, "chat_template_caps": {"supports_tools": True},
                 })  # fmt: skip
+            case "/slots" if script.get("no_slots"):
+                return self.error(501, "This server does not support slots endpoint.", "not_supported_error")
             case "/slots":
-                busy = self.busy
+                busy, begun = self.busy, self.prompt_begun
+                past = int((time.monotonic() - begun) * 1000) if begun is not None else 0
+                work = {"n_past": past, "next_token": [{"n_decoded": self.decoded}]}
                 return self.json([
-                    {"id": i, "n_ctx": self.n_ctx, "is_processing": i < busy} for i in range(self.slots)
+                    {"id": i, "n_ctx": self.n_ctx, "is_processing": i < busy, **(work if i < busy else {})}
+                    for i in range(self.slots)
                 ])  # fmt: skip
             case "/models" | "/v1/models":
                 entry = {"id": self.model, "object": "model", "created": int(time.time()), "owned_by": "llamacpp"}
@@ -217,7 +225,9 @@ class FakeEngine:
             return web.Response()
         for line in script.get("prompt_log", []):
             say(line)
+        self.prompt_begun = time.monotonic()
         await asyncio.sleep(script.get("prompt_s", 0))
+        self.prompt_begun = None
         if raw := script.get("raw"):
             return await self.replay(request, raw)
         limit = fields.get("max_tokens") or fields.get("max_completion_tokens") or fields.get("n_predict")
@@ -237,6 +247,7 @@ class FakeEngine:
             if response is not None:
                 await self.send(response, [shape.delta(kind, text)])
             progress["tokens"] = count
+            self.decoded += 1
             if await self.fault(request, script, f"token:{count}"):
                 return response or web.Response()
             await asyncio.sleep(script.get("delay_s", 0))

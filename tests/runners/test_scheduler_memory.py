@@ -102,6 +102,29 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
         assert part in refused.message
 
 
+def test_nobody_leaves_for_what_can_never_fit() -> None:
+    idle = resident("idle", 2)
+    facts = Facts(100, [idle], [Waiting("huge", 99, need("huge", 50))], 60, max_loaded=1, devices=[ram(10)])
+    (refused,) = decide(facts).actions
+    assert isinstance(refused, Refuse)
+
+
+def test_a_wish_for_a_device_that_is_not_there_is_refused_as_wrong() -> None:
+    waiting = [Waiting("a", 98, need("a", 1), devices=("gpu7",)), Waiting("b", 99, need("b", 1))]
+    refused, load = actions([], waiting, [ram(10), gpu(0, 8)])
+    assert isinstance(refused, Refuse)
+    assert refused.is_wrong
+    assert "gpu7" in refused.message
+    assert isinstance(load, Load), "it stands in nobody's way"
+
+
+def test_a_model_elsewhere_waits_for_no_room() -> None:
+    busy = resident("busy", 9, leases=1)
+    waiting = [Waiting(name, 90, need(name, 8)) for name in "abcdef"]
+    waiting.append(Waiting("remote", 99, is_local=False))
+    assert actions([busy], waiting, [ram(10)]) == [Load("remote")]
+
+
 def test_models_go_to_the_gpu_that_has_room() -> None:
     devices = [ram(64), gpu(0, 8), gpu(1, 24)]
     waiting = [Waiting("small", 97, need("small", 6)), Waiting("large", 98, need("large", 20))]

@@ -1,6 +1,6 @@
 """Many loads and many requests on real processes of the scripted engine: nothing is left behind, nobody is lost.
 
-LLAMARUNNER_SOAK=10 makes both ten and three times as long: 500 cycles and 1,000 requests, some minutes.
+LLAMARUNNER_SOAK=1 makes them longer: 500 cycles and 1,000 requests, some minutes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ async def test_loading_again_and_again_leaves_nothing(stage: Stage) -> None:
     before, rss, threads = left_behind(), psutil.Process().memory_info().rss, threading.active_count()
     for _ in range(CYCLES // AT_ONCE):
         await asyncio.gather(*(cycle(model) for model in models))
-    assert sum(len(engine.plans) for engine in stage.engines.values()) == CYCLES + AT_ONCE
+    starts = sum(len(engine.plans) for engine in stage.engines.values())
+    assert starts >= CYCLES + AT_ONCE, "more only where another program took a port first"
     await soon(lambda: left_behind() == before)
     assert threading.active_count() <= threads + 8, "the pool that asyncio.to_thread keeps"
     assert engines_alive(stage.keys) == []
