@@ -64,6 +64,17 @@ class ModelDetails:
     merges: int = 0  # rules of a BPE tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a model brings along beside its file, as Ollama's manifests and `create` have it."""
+
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # Ollama's options: {"temperature": 0.6, "stop": [...]}
+    system: str = ""
+    template: str = ""  # Go's; "" where only the file's own (Jinja) counts
+    messages: tuple[Mapping[str, Any], ...] = ()  # that every conversation begins with: {"role", "content"}
+    licenses: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Model:
     """Something that could run. `problem` says why it cannot ("" if it can), `hint` what would help."""
@@ -80,6 +91,9 @@ class Model:
     problem: str = ""
     hint: str = ""
     is_remote: bool = False  # told of by a server elsewhere
+    preset: Preset = Preset()
+    adapters: tuple[Path, ...] = ()  # LoRA files
+    manifest_digest: str = ""  # 64 hex digits: of the Ollama manifest it comes from
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -105,6 +119,8 @@ class Model:
     @cached_property
     def digest(self) -> str:
         """64 hex digits that stay the same while the file does; not a hash of its content, which may be 100 GB."""
+        if self.manifest_digest:
+            return self.manifest_digest
         identity = f"{self.path}\0{self.size_bytes}\0{self.modified_at}"
         return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BeforeValidator
 
-from llamarunner.config import schema
+from llamarunner.config import values
 from llamarunner.config.keys import is_secret
 from llamarunner.config.load import LoadedConfig
 from llamarunner.config.origin import Origin, dotted
@@ -21,7 +21,7 @@ from llamarunner.config.schema import Section
 from llamarunner.units import format_duration
 
 HIDDEN = "(hidden)"
-_DURATIONS = tuple(typing.get_args(kind)[1].func for kind in (schema.Duration, schema.KeepAlive))
+_DURATIONS = tuple(typing.get_args(kind)[1].func for kind in (values.Duration, values.KeepAlive))
 _DEFAULT = Origin()
 
 

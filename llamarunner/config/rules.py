@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from llamarunner.config.keys import nearest_hint
 from llamarunner.config.positions import KeyPath
-from llamarunner.config.schema import PLACEHOLDERS, Config, EngineConfig, ModelConfig, ProxyConfig, is_loopback
+from llamarunner.config.schema import Config, EngineConfig, ModelConfig, ProxyConfig, is_loopback
+from llamarunner.config.values import PLACEHOLDERS
 
 Finding = tuple[KeyPath, str]
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 
 from llamarunner.catalog.catalog import Model
-from llamarunner.config.schema import PLACEHOLDERS, EngineConfig
+from llamarunner.config.schema import EngineConfig
+from llamarunner.config.values import PLACEHOLDERS
 from llamarunner.engines.engine import EngineInfo, LaunchPlan
 from llamarunner.engines.flags import to_arguments
 from llamarunner.engines.llama_server import find_command

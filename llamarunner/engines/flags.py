@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from llamarunner.catalog.catalog import Capability, Model
-from llamarunner.config.schema import FlagValue
+from llamarunner.config.values import FlagValue
 from llamarunner.errors import UnsupportedError
 
 Flags = dict[str, FlagValue]

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.catalog.gguf import printable
-from llamarunner.config.schema import EngineConfig, FlagValue
+from llamarunner.config.schema import EngineConfig
+from llamarunner.config.values import FlagValue
 from llamarunner.engines.engine import EngineInfo, LaunchPlan
 from llamarunner.engines.flags import Flags, flags_for, to_arguments
 from llamarunner.errors import EngineMissingError

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llamarunner.catalog.catalog import Model, ModelDetails, Weights
 from llamarunner.catalog.details import read_details
-from llamarunner.config.schema import FlagValue
+from llamarunner.config.values import FlagValue
 from llamarunner.engines.flags import ALL_LAYERS, canonical, flags_for
 from llamarunner.errors import UnsupportedError
 from llamarunner.runners.caches import Caches, CacheSettings, Hyperparameters, caches
