@@ -1,6 +1,6 @@
-"""Where things are kept: the configuration, state, cache and log directories of this user.
+"""Where things are kept: the configuration, data, state, cache and log directories of this user.
 
-`LLAMARUNNER_HOME` puts all four below one folder: for containers, the demo and the tests.
+`LLAMARUNNER_HOME` puts all of them below one folder: for containers, the demo and the tests.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def config_dir() -> Path:
 def config_file() -> Path:
     """The file read when none is named; it need not exist."""
     return config_dir() / "config.toml"
+
+
+def data_dir() -> Path:
+    home = _home()
+    return home / "data" if home else platformdirs.user_data_path(_APP)
 
 
 def state_dir() -> Path:

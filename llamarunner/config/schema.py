@@ -161,6 +161,8 @@ class ModelConfig(ModelSettings):
 class DiscoveryConfig(Section):
     folders: list[ConfigPath] = [Path(os.path.expanduser("~/models"))]
     """Folders whose .gguf files (at any depth) are models under their file's name. One that is missing is no error."""
+    library: ConfigPath | None = None
+    """Where downloaded and created models are kept, in Ollama's layout. Unset: the user's data folder."""
 
 
 class SchedulerConfig(Section):
