@@ -93,14 +93,16 @@ class OverloadedError(LlamaRunnerError):
 
 
 class EngineRefusalError(LlamaRunnerError):
-    """`kind` is the engine's own word for it ("exceed_context_size_error")."""
+    """`kind` is the engine's own word for it ("exceed_context_size_error"); `context` how many tokens it has for
+    a prompt and its answer, where that is the matter."""
 
     code = "engine_refusal"
 
-    def __init__(self, status: int, message: str, *, kind: str = "") -> None:
+    def __init__(self, status: int, message: str, *, kind: str = "", context: int = 0) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
+        self.context = context
 
 
 class EngineError(LlamaRunnerError):

@@ -69,6 +69,8 @@ class RequestTrace:
     output_tokens_per_s: float | None = None
     bytes_out: int = 0
     stripped: str = ""  # what was taken out of the request because its engine cannot do it: "tools"
+    truncated: str = ""  # what was left out because the prompt was too long: "the oldest 4 of 9 messages"
+    ignored: str = ""  # options nobody knows, by name: "num_cxt, foo"
 
 
 @dataclass(frozen=True, slots=True)

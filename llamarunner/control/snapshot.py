@@ -112,6 +112,8 @@ class RequestView:
     output_tokens_per_s: float | None = None
     bytes_out: int = 0
     stripped: str = ""  # taken out of it because its engine cannot do it: "tools"
+    truncated: str = ""  # left out because the prompt was too long: "the oldest 4 of 9 messages"
+    ignored: str = ""  # options nobody knows: "num_cxt, foo"
     # while it waits
     position: int | None = None  # 1 is next
     waiting_for: str = ""  # "waiting for qwen3-32b: 2 answers running"

@@ -34,7 +34,7 @@ def _too_large(limit: int) -> BodyTooLargeError:
     return BodyTooLargeError(f"the request body is larger than {format_size(limit)}", hint="raise server.max_body")
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes, *, into: str = "an object") -> dict[str, Any]:
     """The JSON object in `raw`, whatever Content-Type it came with. Raises RequestError in the words of Go's decoder,
     which Ollama's clients know and anyone can read."""
     if not raw.strip():
@@ -44,7 +44,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise RequestError(_syntax_error(raw, error)) from None
     if not isinstance(parsed, dict):
-        raise RequestError(f"json: cannot unmarshal {json_kind(parsed)} into an object")
+        raise RequestError(f"json: cannot unmarshal {json_kind(parsed)} into {into}")
     return parsed
 
 

@@ -201,5 +201,9 @@ async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     request[_BEGUN] = True
     response.headers["Server"] = f"LlamaRunner/{__version__}"
     trace = request.get(TRACE)
-    if trace is not None and trace.stripped:
+    if trace is None:
+        return
+    if trace.stripped:
         response.headers["X-LlamaRunner-Stripped"] = trace.stripped
+    if trace.truncated:
+        response.headers["X-LlamaRunner-Truncated"] = trace.truncated

@@ -19,20 +19,32 @@ import orjson
 from aiohttp import web
 
 from llamarunner.catalog.catalog import Catalog, Model
-from llamarunner.errors import EngineGoneError, LlamaRunnerError
+from llamarunner.errors import EngineGoneError, EngineRefusalError, LlamaRunnerError
 from llamarunner.events import EventBus, RequestFinished, RequestPhase, RequestStarted, RequestTrace
 from llamarunner.proxies.adapt import adapt
 from llamarunner.proxies.dialect import TRACE, Dialect, error_response
 from llamarunner.proxies.figures import loggable, note_figures
 from llamarunner.proxies.sse import WholeLines
 from llamarunner.proxies.stream import EventStream
-from llamarunner.proxies.upstream import ERROR_BYTES, GONE, parse_answer, read_all, read_block, read_most, refusal
+from llamarunner.proxies.upstream import (
+    ERROR_BYTES,
+    GONE,
+    TOO_LONG,
+    parse_answer,
+    read_all,
+    read_block,
+    read_most,
+    refusal,
+)
 from llamarunner.runners.manager import Lease, RunnerManager
 
 logger = logging.getLogger(__name__)
 
 _NOTICE_S = 5.0  # within which the end of an engine that takes no connections must show
 _TAIL_BYTES = 64 * 1024  # enough for the last event with its timings and usage
+
+Shorten = Callable[[Lease, EngineRefusalError], Awaitable[bytes]]
+"""A body with less of the prompt, for an engine that refused the whole one."""
 
 Handler = Callable[[web.Request, RequestTrace], Awaitable[web.StreamResponse]]
 
@@ -92,23 +104,46 @@ class Relay:
 
     @asynccontextmanager
     async def ask(
-        self, model: Model, path: str, body: bytes, trace: RequestTrace, *, keep_alive_s: float | None = None
+        self,
+        model: Model,
+        path: str,
+        body: bytes,
+        trace: RequestTrace,
+        *,
+        keep_alive_s: float | None = None,
+        shorten: Shorten | None = None,
     ) -> AsyncIterator[tuple[aiohttp.ClientResponse, Lease]]:
         """The engine's answer to `body` posted to `path`, its status below 400, and the lease it is given under.
 
+        Where the engine refuses a prompt that is too long, the body that `shorten` returns is asked in its place.
         Leaving the block with the answer unread closes the connection, and the engine stops generating.
         """
         async with AsyncExitStack() as held:
             lease = await held.enter_async_context(self.manager.acquire(model, trace, keep_alive_s=keep_alive_s))
             try:
-                upstream = await held.enter_async_context(self.ask_under(lease, path, body, trace))
+                upstream = await held.enter_async_context(self.ask_shortened(lease, path, body, trace, shorten))
             except UnreachedError:
                 # the engine ended a moment ago, and its runner is about to notice: the next one takes the request
                 await held.aclose()
                 await _wait_ended(lease)
                 lease = await held.enter_async_context(self.manager.acquire(model, trace, keep_alive_s=keep_alive_s))
-                upstream = await held.enter_async_context(self.ask_under(lease, path, body, trace))
+                upstream = await held.enter_async_context(self.ask_shortened(lease, path, body, trace, shorten))
             yield upstream, lease
+
+    @asynccontextmanager
+    async def ask_shortened(
+        self, lease: Lease, path: str, body: bytes, trace: RequestTrace, shorten: Shorten | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """As `ask`, under a lease already held."""
+        async with AsyncExitStack() as held:
+            try:
+                upstream = await held.enter_async_context(self.ask_under(lease, path, body, trace))
+            except EngineRefusalError as refusal:
+                if shorten is None or refusal.kind != TOO_LONG:
+                    raise
+                body = await shorten(lease, refusal)
+                upstream = await held.enter_async_context(self.ask_under(lease, path, body, trace))
+            yield upstream
 
     @asynccontextmanager
     async def ask_under(

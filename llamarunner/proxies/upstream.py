@@ -10,6 +10,7 @@ import orjson
 from llamarunner.errors import EngineError, EngineGoneError, EngineRefusalError
 
 ERROR_BYTES = 64 * 1024  # an engine's error that is longer is cut
+TOO_LONG = "exceed_context_size_error"  # llama-server's kind of refusal
 GONE = "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error"
 
 
@@ -68,7 +69,9 @@ def refusal(status: int, body: bytes) -> EngineRefusalError:
     """llama-server answers `{"error": {"code", "message", "type"}}`; a stranger may answer anything."""
     try:
         error = orjson.loads(body)["error"]
-        return EngineRefusalError(status, str(error["message"]), kind=str(error.get("type", "")))
+        message, kind = str(error["message"]), str(error.get("type", ""))
+        context = error.get("n_ctx")
+        return EngineRefusalError(status, message, kind=kind, context=context if isinstance(context, int) else 0)
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         text = body.decode("utf-8", "replace").strip()
         return EngineRefusalError(status, text or f"the engine answered with status {status}")

@@ -25,7 +25,7 @@ OTHER = "(others)"  # where requests are counted once there are too many models
 _LIVE = 4096
 _MODELS = 1000
 _MAX_TEXT = 256
-_TEXTS = ("endpoint", "client", "user_agent", "model", "error")
+_TEXTS = ("endpoint", "client", "user_agent", "model", "error", "ignored")
 _WINDOW_S = 3.0
 _STEP_S = 0.1
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from llamarunner.catalog.catalog import Capability, Model, ModelDetails
 from llamarunner.config.schema import ModelSettings
 from llamarunner.errors import RequestError
+from llamarunner.proxies.ollama.chat import chat_body
 from llamarunner.proxies.ollama.errors import OptionError
 from llamarunner.proxies.ollama.fields import check_request
-from llamarunner.proxies.ollama.messages import chat_body
-from llamarunner.proxies.ollama.options import DEFAULTS, keep_alive_s, response_format, sampling, template_kwargs
+from llamarunner.proxies.ollama.options import DEFAULTS, effective, sampling
+from llamarunner.proxies.ollama.parameters import keep_alive_s, response_format, template_kwargs
 
 
 def model(*capabilities: Capability) -> Model:
@@ -45,7 +46,7 @@ def test_every_sampler_has_its_default() -> None:
     ],
 )  # fmt: skip
 def test_options_are_put_into_the_engines_words(options: dict[str, Any], sent: dict[str, Any]) -> None:
-    body = sampling(options, 1000)
+    body = sampling(effective(options, {}), 1000)
     assert body.items() >= sent.items()
     assert orjson.dumps(body)
 
@@ -63,7 +64,7 @@ def test_options_are_put_into_the_engines_words(options: dict[str, Any], sent: d
 )
 def test_any_options_are_sent_or_refused(options: dict[str, Any]) -> None:
     with contextlib.suppress(OptionError):
-        assert orjson.dumps(sampling(options, 512))
+        assert orjson.dumps(sampling(effective(options, {}), 512))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,7 @@ def test_images_become_data_uris() -> None:
     png = "iVBORw0KGgoAAAANSUhEUg=="
     seeing = model(Capability.COMPLETION, Capability.VISION)
     request = {"model": "m", "messages": [{"role": "user", "content": "?", "images": [png, "data:image/x;base64,AA"]}]}
+    request["messages"][0]["images"][1] = f"data:image/x;base64,{png}"
     parts = chat_body(request, seeing)["messages"][0]["content"]
     assert [part["type"] for part in parts] == ["text", "image_url", "image_url"]
     assert parts[1]["image_url"]["url"] == f"data:image/png;base64,{png}"

@@ -195,6 +195,10 @@ def _of_request(request: RequestView) -> list[Fact]:
         facts.append(("error", request.error, "bad-strong"))
     if request.stripped:
         facts.append(("left out", f"{request.stripped}: its engine cannot do them", "warn"))
+    if request.truncated:
+        facts.append(("truncated", f"{request.truncated}: the prompt was longer than the context", "warn"))
+    if request.ignored:
+        facts.append(("ignored", f"unknown options: {request.ignored}", "warn"))
     if request.waiting_for:
         left = f", about {words.duration(request.left_s)} yet" if request.left_s is not None else ""
         facts.append(("turn", f"number {request.position}{left}", "warn"))

@@ -67,6 +67,18 @@ class Answer:
             raise EngineGoneError(f"the engine sent an event that is not JSON: {error}") from None
         if not isinstance(event, dict):
             raise EngineGoneError("the engine sent an event that is not an object")
+        return self._event(event)
+
+    def feed_whole(self, answer: Mapping[str, Any]) -> bytes:
+        """The lines that an answer which was not streamed becomes. Raises as `feed` does."""
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices:
+            return self._event(answer)
+        message = choices[0].get("message") or {}
+        calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls") or ())]
+        return self._event({**answer, "choices": [{**choices[0], "delta": {**message, "tool_calls": calls}}]})
+
+    def _event(self, event: Mapping[str, Any]) -> bytes:
         if "error" in event:
             raise _stream_error(event["error"])
         if timings := event.get("timings"):
@@ -174,6 +186,14 @@ def bare_reply(model: str, reason: str, *, chat: bool) -> dict[str, Any]:
     """What a request without a prompt gets: `reason` is "load" or "unload"."""
     text = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
     return {"model": model, "created_at": timestamp(time.time_ns()), **text, "done": True, "done_reason": reason}
+
+
+def rendered_reply(model: str, prompt: str, files: int, *, chat: bool) -> dict[str, Any]:
+    """What `_debug_render_only` gets: the prompt as the model would see it."""
+    text = {"message": {"role": "", "content": ""}} if chat else {"response": ""}
+    count = {"image_count": files} if files else {}
+    info = {"_debug_info": {"rendered_template": prompt, **count}}
+    return {"model": model, "created_at": timestamp(time.time_ns()), **text, "done": False, **info}
 
 
 def _nanoseconds(milliseconds: float | None) -> int:

@@ -11,6 +11,7 @@ from llamarunner.errors import (
     LoadError,
     ModelNotFoundError,
     OverloadedError,
+    UnsupportedError,
 )
 from llamarunner.proxies.openai import openai_error
 from llamarunner.proxies.proxy import UnknownRouteError
@@ -49,13 +50,15 @@ def error_message(error: LlamaRunnerError, path: str) -> str:
     match error:
         case ModelNotFoundError(name=name, hint=hint):
             nearest = f", {hint}" if hint else ""
-            if path.rstrip("/") in _EMBED_PATHS:
+            if name and path.rstrip("/") in _EMBED_PATHS:
                 return f'model "{name}" not found, try pulling it first{nearest}'
             return f"model '{name}' not found{nearest}"
         case OverloadedError(message="too many requests are waiting"):
             return "server busy, please try again.  maximum pending requests exceeded"
         case EngineRefusalError(kind="exceed_context_size_error"):
             return _TOO_LONG
+        case UnsupportedError(message=message) if not path.startswith("/v1/"):
+            return message  # the hint is in the request's record
         case LoadError():
             return _load_message(error)
         case EngineGoneError():

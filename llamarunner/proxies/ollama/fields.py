@@ -28,6 +28,11 @@ _REQUEST: Mapping[str, type] = {
     "shift": bool,
     "logprobs": bool,
     "top_logprobs": int,
+    "dimensions": int,
+    "width": int,
+    "height": int,
+    "steps": int,
+    "_debug_render_only": bool,
 }
 _MESSAGE: Mapping[str, type] = {
     "role": str,

@@ -1,96 +1,22 @@
-"""Ollama's requests, their fields checked (see `fields`), as bodies for llama-server. Pure."""
+"""Ollama's messages, their fields checked (see `fields`), as llama-server takes them. Pure."""
 
 from __future__ import annotations
 
-import base64
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from llamarunner.catalog.catalog import Capability, Model
-from llamarunner.errors import RequestError, UnsupportedError
-from llamarunner.proxies.ollama.options import response_format, sampling, template_kwargs
-from llamarunner.proxies.openai_body import check_tools
+from llamarunner.catalog.catalog import Model
+from llamarunner.errors import RequestError
+from llamarunner.proxies.ollama.media import media_parts
 
-_IMAGE_TYPES = {
-    b"\x89PNG": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"GIF8": "image/gif",
-    b"BM": "image/bmp",
-    b"RIFF": "image/webp",
-}
+Message = dict[str, Any]
 
 
-def chat_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """POST /api/chat as POST /v1/chat/completions, always streamed."""
-    asked = str(request.get("model", ""))
-    if model.is_embedding_only:
-        raise UnsupportedError(f'"{asked}" does not support chat')
-    body = _common(request, model)
-    body["messages"] = _messages(request["messages"], model)
-    if tools := request.get("tools"):
-        if Capability.TOOLS not in model.capabilities:
-            raise UnsupportedError(f"{model.name} does not support tools")
-        body["tools"] = [{"type": "function", **tool} for tool in tools]
-        check_tools(body["tools"])
-    return body
-
-
-def generate_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """POST /api/generate as POST /v1/chat/completions, so that thinking comes apart from the answer."""
-    body = _common(request, model)
-    body["messages"] = generate_messages(request, model)
-    return body
-
-
-def generate_messages(request: Mapping[str, Any], model: Model) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    if system := request.get("system"):
-        messages.append({"role": "system", "content": system})
-    messages.append(_message({"role": "user", "content": request["prompt"], "images": request.get("images")}, model))
-    return messages
-
-
-def completion_body(request: Mapping[str, Any], model: Model, prompt: str) -> dict[str, Any]:
-    """POST /completion of `prompt` as it stands: raw prompts and those that continue a context."""
-    body = _common(request, model)
-    body.pop("chat_template_kwargs", None)
-    body["prompt"] = prompt
-    body["n_predict"] = body.pop("max_tokens")
-    if shape := body.pop("response_format", None):
-        body["json_schema"] = shape["json_schema"]["schema"] if "json_schema" in shape else {}
-    if body.pop("logprobs", False):
-        body["n_probs"] = max(body.pop("top_logprobs", 1), 1)
-    return body
-
-
-def infill_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """POST /infill: what goes between `prompt` and `suffix`."""
-    if Capability.INSERT not in model.capabilities:
-        raise UnsupportedError(f"{model.name} does not support insert")
-    body = completion_body(request, model, "")
-    return {**body, "input_prefix": request["prompt"], "input_suffix": request["suffix"]}
-
-
-def _common(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    options = sampling(request.get("options") or {}, model.context)
-    body: dict[str, Any] = {"stream": True, "cache_prompt": True, **options}
-    if shape := response_format(request.get("format")):
-        body["response_format"] = shape
-    if arguments := template_kwargs(request.get("think"), model, str(request.get("model", ""))):
-        body["chat_template_kwargs"] = arguments
-    top = request.get("top_logprobs") or 0
-    if not 0 <= top <= 20:
-        raise RequestError("top_logprobs must be between 0 and 20")
-    if request.get("logprobs"):
-        body |= {"logprobs": True, "top_logprobs": max(top, 1)}
-    return body
-
-
-def _messages(messages: Sequence[Mapping[str, Any]], model: Model) -> list[dict[str, Any]]:
-    converted: list[dict[str, Any]] = []
+def to_openai(messages: Iterable[Mapping[str, Any]], model: Model) -> list[Message]:
+    converted: list[Message] = []
     pending_calls: list[str] = []  # ids of the calls that tool messages without one answer, in order
     numbers = itertools.count(1)
     for message in messages:
@@ -109,33 +35,37 @@ def _messages(messages: Sequence[Mapping[str, Any]], model: Model) -> list[dict[
     return converted
 
 
-def _message(message: Mapping[str, Any], model: Model) -> dict[str, Any]:
+def with_preset(messages: Sequence[Mapping[str, Any]], model: Model) -> list[Mapping[str, Any]]:
+    """What the model brings along comes first: its own system prompt, unless the request begins with one, and the
+    conversation it always has had."""
+    preset = model.preset
+    has_own = bool(messages) and str(messages[0].get("role", "")).lower() == "system"
+    system = [{"role": "system", "content": preset.system}] if preset.system and not has_own else []
+    return [*system, *preset.messages, *messages]
+
+
+def text_only(messages: Iterable[Message]) -> tuple[list[Message], int]:
+    """The messages without their pictures and sounds, and how many of those there were."""
+    plain: list[Message] = []
+    files = 0
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [part for part in content if part["type"] == "text"]
+            files += len(content) - len(texts)
+            message = {**message, "content": "".join(part["text"] for part in texts)}
+        plain.append(message)
+    return plain, files
+
+
+def _message(message: Mapping[str, Any], model: Model) -> Message:
     content = message.get("content") or ""
-    result: dict[str, Any] = {"role": message["role"].lower(), "content": content}
+    result: Message = {"role": message["role"].lower(), "content": content}
     if thinking := message.get("thinking"):
         result["reasoning_content"] = thinking
     if images := message.get("images"):
-        result["content"] = [{"type": "text", "text": content}, *_images(images, model)]
+        result["content"] = [{"type": "text", "text": content}, *media_parts(images, model)]
     return result
-
-
-def _images(images: Sequence[str], model: Model) -> list[dict[str, Any]]:
-    if Capability.VISION not in model.capabilities:
-        raise UnsupportedError(f"{model.name} does not support vision")
-    return [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in images]
-
-
-def _data_uri(image: str) -> str:
-    if image.startswith("data:"):
-        return image
-    try:
-        head = base64.b64decode(image[:16] + "=" * (-len(image[:16]) % 4))
-    except ValueError:  # binascii.Error for a wrong length, its parent for what is not ASCII
-        raise RequestError("illegal base64 data in field images") from None
-    kind = next((kind for magic, kind in _IMAGE_TYPES.items() if head.startswith(magic)), "")
-    if not kind:
-        raise RequestError("unknown image format: expected PNG, JPEG, GIF, BMP or WebP")
-    return f"data:{kind};base64,{image}"
 
 
 def _tool_call(call: Mapping[str, Any], fallback_id: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from llamarunner.catalog.catalog import Model
 from llamarunner.errors import RequestError
 from llamarunner.proxies.ollama import describe
-from llamarunner.proxies.ollama.options import keep_alive_s
+from llamarunner.proxies.ollama.parameters import keep_alive_s
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.sse import amend_lines
 

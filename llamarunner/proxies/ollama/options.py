@@ -1,18 +1,11 @@
-"""Ollama's `options`, `keep_alive`, `format` and `think`, checked and put into llama-server's fields. Pure."""
+"""Ollama's `options`, checked, and put into llama-server's request fields. Pure."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
-
-from llamarunner.catalog.catalog import Capability, Model
-from llamarunner.errors import RequestError, UnsupportedError
-from llamarunner.proxies.body import QuotingError, json_kind
 from llamarunner.proxies.ollama.errors import OptionError
-from llamarunner.units import parse_duration
 
 DEFAULTS: Mapping[str, int | float] = {
     "temperature": 0.8,
@@ -28,6 +21,9 @@ DEFAULTS: Mapping[str, int | float] = {
 }
 """Ollama's samplers. All are always sent: llama-server's own defaults are others."""
 
+_PASSED = ("mirostat", "mirostat_tau", "mirostat_eta")
+"""Sent where they are given: Ollama has given them up, llama-server has not."""
+
 _FLOATS = {
     "temperature",
     "top_p",
@@ -36,26 +32,57 @@ _FLOATS = {
     "repeat_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "mirostat_tau",
+    "mirostat_eta",
 }
-_INTEGERS = {"top_k", "repeat_last_n", "seed", "num_predict", "num_keep"}
+_INTEGERS = {"top_k", "repeat_last_n", "seed", "num_predict", "num_keep", "mirostat", "draft_num_predict"}
 _LAUNCH_INTEGERS = {"num_ctx", "num_batch", "num_gpu", "main_gpu", "num_thread"}
-"""Decided when the model is loaded, by its configuration; checked here, so that a mistake is still told."""
+"""Decided when the model is loaded: see `demands`."""
+_FORGOTTEN = {
+    "tfs_z",
+    "penalize_newline",
+    "numa",
+    "low_vram",
+    "f16_kv",
+    "vocab_only",
+    "logits_all",
+    "embedding_only",
+    "use_mlock",
+}
+"""Of older releases. Clients still send them, and nobody heeds them."""
+_KNOWN = _FLOATS | _INTEGERS | _LAUNCH_INTEGERS | _FORGOTTEN | {"use_mmap", "stop"}
 _MOST = 2**31 - 1  # llama.cpp counts in 32 bits
-_THINK_LEVELS = ("high", "medium", "low", "max")
+_SHOWN_NAMES = 8
+
+
+def effective(options: Mapping[str, Any], preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The request's options over those the model brings along, each of its type. Null ones are not there. Raises
+    OptionError."""
+    return {name: _checked(name, value) for name, value in {**preset, **_given(options)}.items() if value is not None}
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def sampling(options: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """Request fields of llama-server. Unknown options are ignored, as Ollama does; null ones are not there."""
-    given = {name: _checked(name, value) for name, value in options.items() if value is not None}
-    body: dict[str, Any] = {name: given.get(name, default) for name, default in DEFAULTS.items()}
+    """Request fields of llama-server for `effective` options; `context` is the tokens a request has."""
+    context = max(context, options.get("num_ctx", 0))
+    body: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
     if body["repeat_last_n"] < 0:
         body["repeat_last_n"] = context  # llama-server refuses -1
-    wanted = given.get("num_predict", -1)
+    wanted = options.get("num_predict", -1)
     body["max_tokens"] = wanted if 0 <= wanted <= 10 * context else 10 * context
-    body["n_keep"] = max(given.get("num_keep", 4), -1)
-    if given.get("stop"):
-        body["stop"] = given["stop"]
-    return body
+    body["n_keep"] = max(options.get("num_keep", 4), -1)
+    if options.get("stop"):
+        body["stop"] = options["stop"]
+    return body | {name: options[name] for name in _PASSED if name in options}
+
+
+def unknown(options: Mapping[str, Any]) -> list[str]:
+    """Names that mean nothing to us, as far as they look like names: what else a client put there is not repeated."""
+    names = [name for name in options if name not in _KNOWN and name.isidentifier() and len(name) <= 40]
+    return sorted(names)[:_SHOWN_NAMES]
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -78,55 +105,3 @@ def _checked(name: str, value: Any) -> Any:
         if not all(isinstance(each, str) for each in value):
             raise OptionError(f'option "{name}" must be of an array of strings')
     return value
-
-
-def keep_alive_s(value: Any) -> float | None:
-    """Seconds; inf for any negative one, None where it was not given."""
-    match value:
-        case None:
-            return None
-        case bool() | list() | dict():
-            raise RequestError(f"Unsupported type: '{json_kind(value)}'")
-        case int() | float():
-            seconds = float(value)
-        case str():
-            try:
-                seconds = parse_duration(value)
-            except ValueError as error:
-                raise QuotingError(str(error), summary="keep_alive is no duration") from None
-        case _:
-            raise RequestError(f"Unsupported type: '{json_kind(value)}'")
-    return math.inf if seconds < 0 else seconds
-
-
-def response_format(value: Any) -> dict[str, Any] | None:
-    """`format` as OpenAI's `response_format`."""
-    match value:
-        case None | "":
-            return None
-        case "json":
-            return {"type": "json_object"}
-        case dict():
-            return {"type": "json_schema", "json_schema": {"name": "schema", "schema": value}}
-        case _:
-            shown = orjson.dumps(value).decode()
-            message = f'invalid format: {shown}; expected "json" or a valid JSON Schema object'
-            raise QuotingError(message, summary="invalid format")
-
-
-def template_kwargs(think: Any, model: Model, asked_name: str) -> dict[str, Any] | None:
-    """`think` as arguments of the chat template. A capable model thinks unless told not to."""
-    capable = Capability.THINKING in model.capabilities
-    if think is None:
-        return {"enable_thinking": True} if capable else None
-    if isinstance(think, bool):
-        if think and not capable:
-            raise UnsupportedError(f'"{asked_name}" does not support thinking')
-        return {"enable_thinking": think} if capable else None
-    if think in _THINK_LEVELS:
-        if not capable:
-            raise UnsupportedError(f'"{asked_name}" does not support thinking')
-        return {"enable_thinking": True, "reasoning_effort": think}
-    shown = orjson.dumps(think).decode()
-    message = f'invalid think value: {shown} (must be "high", "medium", "low", "max", true, or false)'
-    raise QuotingError(message, summary="invalid think value")

@@ -1,0 +1,88 @@
+"""POST /api/generate, in whichever of llama-server's ways does what it asks for. Pure.
+
+A plain prompt goes to /v1/chat/completions, so that thinking comes apart from the answer; a raw one, one with a
+template of its own and one that continues a `context` to /completion; one with a `suffix` to /infill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llamarunner.catalog.catalog import Capability, Model
+from llamarunner.errors import RequestError, UnsupportedError
+from llamarunner.proxies.ollama.go_template import render
+from llamarunner.proxies.ollama.messages import to_openai
+from llamarunner.proxies.ollama.parameters import common_body
+
+CHAT, COMPLETION, INFILL = "/v1/chat/completions", "/completion", "/infill"
+_PICTURE_FIELDS = ("width", "height", "steps")
+_MOST_TOKENS = 2**31  # llama.cpp counts them in 32 bits
+NOT_TOKENS = "context holds numbers that are no tokens of this model"
+
+
+def plan(request: Mapping[str, Any], model: Model) -> tuple[str, dict[str, Any]]:
+    """The path to ask and the body to send. For a request with a `context` the body's prompt is for the caller to add:
+    it is text that only the engine can render. Raises RequestError for what contradicts itself or cannot be done."""
+    if model.is_embedding_only:
+        raise UnsupportedError(f'"{request["model"]}" does not support generate')
+    if request.get("raw"):
+        if any(request.get(name) for name in ("template", "system", "context")):
+            raise RequestError("raw mode does not support template, system, or context")
+        _refuse_images(request, "raw mode")
+        return COMPLETION, completion_body(request, model, request["prompt"])
+    if request.get("suffix"):
+        _refuse_images(request, "a prompt with a suffix")
+        return INFILL, _infill_body(request, model)
+    if template := request.get("template"):
+        _refuse_images(request, "a template of the request's own")
+        system = request.get("system") or model.preset.system
+        return COMPLETION, completion_body(request, model, render(template, system, request["prompt"]))
+    if context := request.get("context"):
+        if not all(0 <= token < _MOST_TOKENS for token in context):
+            raise RequestError(NOT_TOKENS)
+        _refuse_images(request, "a prompt with a context")
+        return COMPLETION, completion_body(request, model, "")
+    return CHAT, {**common_body(request, model), "messages": messages(request, model)}
+
+
+def refuse_picture_making(request: Mapping[str, Any]) -> None:
+    if any(request.get(name) for name in _PICTURE_FIELDS):
+        raise RequestError("image generation models are not currently supported")
+
+
+def messages(request: Mapping[str, Any], model: Model) -> list[dict[str, Any]]:
+    """The conversation of one turn that a prompt is. One that goes on from a `context` had the model's own before."""
+    turns: list[Mapping[str, Any]] = []
+    if system := request.get("system") or model.preset.system:
+        turns.append({"role": "system", "content": system})
+    if not request.get("context"):
+        turns += model.preset.messages
+    turns.append({"role": "user", "content": request["prompt"], "images": request.get("images")})
+    return to_openai(turns, model)
+
+
+def completion_body(request: Mapping[str, Any], model: Model, prompt: str | Sequence[int]) -> dict[str, Any]:
+    """POST /completion of `prompt` as it stands."""
+    body = common_body(request, model)
+    body.pop("chat_template_kwargs", None)
+    body["prompt"] = prompt
+    body["n_predict"] = body.pop("max_tokens")
+    if shape := body.pop("response_format", None):
+        body["json_schema"] = shape["json_schema"]["schema"] if "json_schema" in shape else {}
+    if body.pop("logprobs", False):
+        body["n_probs"] = max(body.pop("top_logprobs", 1), 1)
+    return body
+
+
+def _infill_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """POST /infill: what goes between `prompt` and `suffix`."""
+    if Capability.INSERT not in model.capabilities:
+        raise UnsupportedError(f"{model.name} does not support insert")
+    body = completion_body(request, model, "")
+    return {**body, "input_prefix": request["prompt"], "input_suffix": request["suffix"]}
+
+
+def _refuse_images(request: Mapping[str, Any], what: str) -> None:
+    if request.get("images"):
+        raise RequestError(f"{what} does not support images")
