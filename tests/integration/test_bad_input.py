@@ -25,7 +25,15 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 LIMIT = 100_000
 NAMES = ["模型 七/β🦙", "a/b/c:q4", "with space", "per%cent", "q?x#y", "MiXed"]
 GENERATING = {
-    "ollama": ["/api/chat", "/api/generate", "/v1/chat/completions", "/v1/completions", "/v1/embeddings"],
+    "ollama": [
+        "/api/chat",
+        "/api/generate",
+        "/api/embed",
+        "/api/embeddings",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+    ],
     "lmstudio": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/api/v0/chat/completions"],
 }
 POSTED = [(base, path) for base, paths in GENERATING.items() for path in paths] + [("ollama", "/api/show")]
@@ -65,7 +73,7 @@ def words(answer: Any) -> str:
         (b"", "missing request body"),
         (b"hello", "invalid character 'h' looking for beginning of value"),
         (b'{"model":', "unexpected EOF"),
-        (b'["model"]', "json: cannot unmarshal array into an object"),
+        (b'["model"]', "json: cannot unmarshal array into "),
         ('{"model":"smol"}'.encode("utf-16"), "the request body must be UTF-8, and this looks like UTF-16"),
         (b'{"model":"\xff"}', "the request body is not valid UTF-8"),
         (b'{"a":' * 5000 + b"1" + b"}" * 5000, "json: exceeded max depth"),
@@ -74,7 +82,8 @@ def words(answer: Any) -> str:
 )
 async def test_what_is_no_json_object(served: Serving, base: str, path: str, body: bytes, message: str) -> None:
     status, answer = await post(served, base, path, body)
-    assert (status, words(answer)) == (400, message)
+    assert status == 400
+    assert words(answer) == message if not message.endswith(" ") else words(answer).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +309,7 @@ async def test_a_packed_bomb_is_bounded(served: Serving) -> None:
     [
         ("ollama", "GET", "/nothing", 404, "404 page not found"),
         ("ollama", "GET", "/v1/nothing", 404, "404 page not found"),
-        ("ollama", "POST", "/api/embed", 404, "404 page not found"),
+        ("ollama", "POST", "/api/embedded", 404, "404 page not found"),
         ("ollama", "GET", "/api/chat", 405, "405 method not allowed"),
         ("ollama", "POST", "/api/tags", 405, "405 method not allowed"),
         ("ollama", "DELETE", "/", 405, "405 method not allowed"),
