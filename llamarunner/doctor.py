@@ -8,7 +8,7 @@ import platform
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +20,9 @@ from llamarunner import __version__, paths, ports
 from llamarunner.catalog.catalog import Model
 from llamarunner.catalog.stores import discover
 from llamarunner.config.load import LoadedConfig
+from llamarunner.engines.engine import Engine
 from llamarunner.engines.registry import make_engines
+from llamarunner.errors import EngineError, UnsupportedError
 from llamarunner.telemetry.gpus import GpuReader, GpuSample
 from llamarunner.units import format_size
 
@@ -63,7 +65,11 @@ class Report:
 
 def examine(loaded: LoadedConfig) -> Report:
     """Look at everything. Takes seconds: it runs the engines' programs and asks drivers and ports."""
-    parts = (_program(), _configuration(loaded), _engines(loaded), _hardware(), _proxies(loaded), _models(loaded))
+    engines = make_engines(loaded.config)
+    parts = (
+        _program(), _configuration(loaded), _engines(loaded, engines), _hardware(), _proxies(loaded),
+        _models(loaded, engines),
+    )  # fmt: skip
     return Report(tuple(item for part in parts for item in part))
 
 
@@ -155,8 +161,7 @@ def _configuration(loaded: LoadedConfig) -> Iterator[Item]:
         yield Item("configuration", problem.place, Status.WARN, f"{problem.key}: {problem.message}")
 
 
-def _engines(loaded: LoadedConfig) -> Iterator[Item]:
-    engines = make_engines(loaded.config)
+def _engines(loaded: LoadedConfig, engines: Mapping[str, Engine]) -> Iterator[Item]:
     found = {name: _within(_ENGINE_TIMEOUT_S, engine.info) for name, engine in engines.items()}
     none_works = all(info is None or info.problem for info in found.values())
     bad = Status.FAIL if none_works else Status.WARN
@@ -230,7 +235,7 @@ def _taken_port(name: str, host: str, port: int) -> Item:
     return Item("proxies", name, Status.WARN, detail, remedy)
 
 
-def _models(loaded: LoadedConfig) -> Iterator[Item]:
+def _models(loaded: LoadedConfig, engines: Mapping[str, Engine]) -> Iterator[Item]:
     catalog = discover(loaded.config)
     if not len(catalog):
         folders = (
@@ -242,8 +247,22 @@ def _models(loaded: LoadedConfig) -> Iterator[Item]:
         if model.problem:
             where = "" if str(model.path) in model.problem else f" ({model.path})"
             yield Item("models", model.name, Status.WARN, model.problem + where, model.hint)
+        elif wrong := _wrong_flag(model, engines):
+            yield Item("models", model.name, Status.WARN, wrong.message, wrong.hint)
         else:
             yield Item("models", model.name, Status.OK, _about(model))
+
+
+def _wrong_flag(model: Model, engines: Mapping[str, Engine]) -> UnsupportedError | None:
+    """What its engine would not take; the engines have been asked what they know by now."""
+    try:
+        if engine := engines.get(model.settings.engine):
+            engine.plan(model, port=0, api_key="")
+    except UnsupportedError as error:
+        return error
+    except EngineError:  # told with the engines
+        return None
+    return None
 
 
 def _about(model: Model) -> str:

@@ -16,6 +16,7 @@ from llamarunner.config.load import LoadedConfig
 from llamarunner.config.schema import EngineConfig
 from llamarunner.control.backend import Backend
 from llamarunner.control.local import LocalBackend, Sources
+from llamarunner.engines.engine import Engine
 from llamarunner.engines.registry import make_engines
 from llamarunner.engines.remote import UnreachableError, list_models, models_of
 from llamarunner.errors import LlamaRunnerError
@@ -129,7 +130,10 @@ class Service:
         self._backend = LocalBackend(self._sources(self._manager), self._bus)
         self._bus.subscribe(self._note_runner)
         await self._start_proxies()
-        self._watching = [asyncio.create_task(self._watch_folders(), name="watch folders")]
+        self._watching = [
+            asyncio.create_task(self._watch_folders(), name="watch folders"),
+            asyncio.create_task(_get_to_know(engines), name="get to know engines"),
+        ]
         for name, engine in config.engines.items():
             if engine.is_remote:
                 self._watching.append(asyncio.create_task(self._watch_remote(name, engine), name=f"watch {name}"))
@@ -250,3 +254,12 @@ class Service:
     def _memory_by_pid(self) -> Mapping[int, tuple[int, int]]:
         processes = self._hardware.latest.processes
         return {pid: (sample.memory_bytes, sample.gpu_bytes or 0) for pid, sample in processes.items()}
+
+
+async def _get_to_know(engines: Mapping[str, Engine]) -> None:
+    """Ask each program its version and flags before a request needs them."""
+    for engine in engines.values():
+        if engine.is_local:
+            info = await asyncio.to_thread(engine.info)
+            if info.problem:
+                logger.warning("engine '%s': %s", engine.name, info.problem)

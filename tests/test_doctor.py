@@ -182,3 +182,20 @@ def test_as_text_and_as_json() -> None:
         "remedy": "install it",
     }
     assert len(data["items"]) == 102
+
+
+def test_a_flag_that_an_engine_does_not_have(tmp_path: Path) -> None:
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\necho '-ctk, --cache-type-k TYPE  the type'\n")
+    program.chmod(0o755)
+    report = examine(
+        load(
+            tmp_path,
+            f"[engines.default]\nkind = 'llama-server'\ncommand = '{program}'\n"
+            f"[models.smol]\npath = '{real_model()}'\nflags = {{ cache-typ-k = 'q8_0' }}\n",
+        )
+    )
+    item = find(report, "models", "smol")
+    assert item.status is Status.WARN
+    assert item.detail == "model 'smol': unknown flag 'cache-typ-k'"
+    assert item.remedy == "did you mean 'cache-type-k'?"

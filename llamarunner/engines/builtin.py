@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import sys
@@ -23,6 +24,11 @@ def is_installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
+@functools.cache
+def _version() -> str:
+    return importlib.metadata.version("xllamacpp")
+
+
 class BuiltinEngine:
     kind = KIND
     is_local = True
@@ -31,10 +37,17 @@ class BuiltinEngine:
         self.name = name
         self._config = config
 
+    @property
+    def known_version(self) -> str:
+        return _version() if is_installed() else ""
+
     def info(self) -> EngineInfo:
         if not is_installed():
             return EngineInfo(self.name, KIND, sys.executable, problem=_MISSING, hint=_HINT)
-        return EngineInfo(self.name, KIND, sys.executable, version=importlib.metadata.version("xllamacpp"))
+        return EngineInfo(self.name, KIND, sys.executable, version=_version())
+
+    def project(self, model: Model) -> None:
+        return None
 
     def plan(self, model: Model, *, port: int, api_key: str) -> LaunchPlan:
         if not is_installed():

@@ -27,12 +27,19 @@ class CommandEngine:
         self.name = name
         self._config = config
 
+    @property
+    def known_version(self) -> str:
+        return ""
+
     def info(self) -> EngineInfo:
         """Its version stays unknown: nobody can say how such a program is asked, nor how long it takes to answer."""
         command = find_command(self._config)
         if command is None:
             return EngineInfo(self.name, KIND, self._config.command, problem=self._missing, hint=self._hint)
         return EngineInfo(self.name, KIND, command)
+
+    def project(self, model: Model) -> None:
+        return None
 
     def plan(self, model: Model, *, port: int, api_key: str) -> LaunchPlan:
         command = find_command(self._config)

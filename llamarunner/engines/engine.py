@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from llamarunner.catalog.catalog import Model
+from llamarunner.engines.projection import Projection
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,18 @@ class Engine(Protocol):
         """Whether its models take memory of this machine."""
         ...
 
+    @property
+    def known_version(self) -> str:
+        """Of its program, as far as it is known without running or asking anything; "" where it is not."""
+        ...
+
     def info(self) -> EngineInfo:
         """Look the program up and ask its version, or ask the server. May take seconds: call it in a thread."""
+        ...
+
+    def project(self, model: Model) -> Projection | None:
+        """What the engine's own tool says of the model's memory, where it has one. May take seconds: call it in a
+        thread. Raises UnsupportedError for a flag that may not be set."""
         ...
 
     def plan(self, model: Model, *, port: int, api_key: str) -> LaunchPlan:

@@ -18,52 +18,113 @@ _EMBEDDING_BATCH = 2048  # an input must fit into one physical batch, and 512 to
 
 # Other spellings of a flag; a person may write any of them.
 _SPELLINGS = {
+    "C": "cpu-mask",
+    "Cr": "cpu-range",
     "a": "alias",
     "b": "batch-size",
     "c": "ctx-size",
+    "cache-type-k-draft": "spec-draft-type-k",
+    "cache-type-v-draft": "spec-draft-type-v",
     "cb": "cont-batching",
+    "cd": "ctx-size-draft",
     "cmoe": "cpu-moe",
+    "cms": "checkpoint-min-step",
+    "cpu-moe-draft": "spec-draft-cpu-moe",
     "cram": "cache-ram",
     "ctk": "cache-type-k",
+    "ctkd": "spec-draft-type-k",
     "ctv": "cache-type-v",
+    "ctvd": "spec-draft-type-v",
     "ctxcp": "ctx-checkpoints",
     "dev": "device",
+    "devd": "spec-draft-device",
+    "device-draft": "spec-draft-device",
+    "dio": "direct-io",
+    "draft": "spec-draft-n-max",
+    "draft-max": "spec-draft-n-max",
+    "draft-min": "spec-draft-n-min",
+    "draft-n": "spec-draft-n-max",
+    "draft-n-min": "spec-draft-n-min",
+    "draft-p-min": "spec-draft-p-min",
+    "draft-p-split": "spec-draft-p-split",
+    "dt": "defrag-thold",
+    "e": "escape",
     "embedding": "embeddings",
     "fa": "flash-attn",
     "fitc": "fit-ctx",
     "fitt": "fit-target",
     "gpu-layers": "n-gpu-layers",
+    "gpu-layers-draft": "spec-draft-ngl",
     "hf": "hf-repo",
     "hfr": "hf-repo",
+    "j": "json-schema",
+    "jf": "json-schema-file",
+    "kvo": "kv-offload",
     "kvu": "kv-unified",
+    "l": "logit-bias",
     "lm": "load-mode",
+    "log-verbose": "verbose",
     "log-verbosity": "verbosity",
     "lv": "verbosity",
+    "lzm": "lazy-mode",
     "m": "model",
+    "md": "spec-draft-model",
     "mg": "main-gpu",
     "mm": "mmproj",
+    "model-draft": "spec-draft-model",
     "mu": "model-url",
     "n": "predict",
+    "n-cpu-moe-draft": "spec-draft-n-cpu-moe",
+    "n-gpu-layers-draft": "spec-draft-ngl",
     "n-predict": "predict",
+    "ncffn": "n-cpu-ffn",
     "ncmoe": "n-cpu-moe",
     "ngl": "n-gpu-layers",
+    "ngld": "spec-draft-ngl",
     "nkvo": "no-kv-offload",
+    "no-kvu": "no-kv-unified",
     "no-ui": "no-webui",
     "nocb": "no-cont-batching",
     "np": "parallel",
+    "nr": "no-repack",
     "ot": "override-tensor",
+    "otd": "spec-draft-override-tensor",
+    "override-tensor-draft": "spec-draft-override-tensor",
+    "p-split": "spec-draft-p-split",
+    "ps": "spec-draft-p-split",
+    "r": "reverse-prompt",
+    "rea": "reasoning",
     "reranking": "rerank",
     "s": "seed",
+    "sampler-seq": "sampling-seq",
     "sm": "split-mode",
+    "sp": "special",
+    "sps": "slot-prompt-similarity",
     "swa-checkpoints": "ctx-checkpoints",
     "t": "threads",
     "tb": "threads-batch",
+    "tbd": "spec-draft-threads-batch",
+    "td": "spec-draft-threads",
     "temperature": "temp",
+    "threads-batch-draft": "spec-draft-threads-batch",
+    "threads-draft": "spec-draft-threads",
     "to": "timeout",
+    "top-n-sigma": "top-nsigma",
     "ts": "tensor-split",
     "typical-p": "typical",
     "ub": "ubatch-size",
     "ui": "webui",
+    "ui-config": "webui-config",
+    "v": "verbose",
+}
+_SHORTEST = 5  # of a long spelling that came or went; the shorter ones never stand alone, but for "ui"
+_LONG: dict[str, tuple[str, ...]] = {
+    canonical: tuple(
+        spelling
+        for spelling, of in _SPELLINGS.items()
+        if of == canonical and (len(spelling) >= _SHORTEST or spelling == "ui")
+    )
+    for canonical in set(_SPELLINGS.values())
 }
 _SETTING_INSTEAD = "set the model's path"
 _OURS_ALONE = "leave it out: each engine gets its own on loopback"
@@ -87,6 +148,11 @@ def canonical(name: str) -> str:
     """The one spelling of a flag: long, with dashes between its words and none before it."""
     bare = name.strip().lstrip("-").replace("_", "-")
     return _SPELLINGS.get(bare, bare)
+
+
+def long_spellings(name: str) -> tuple[str, ...]:
+    """What other builds call the flag of this canonical name."""
+    return _LONG.get(name, ())
 
 
 def flags_for(model: Model, port: int) -> Flags:

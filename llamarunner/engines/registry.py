@@ -20,6 +20,7 @@ class MissingEngine:
 
     kind = "auto"
     is_local = True
+    known_version = ""
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name
@@ -28,6 +29,9 @@ class MissingEngine:
 
     def info(self) -> EngineInfo:
         return EngineInfo(self.name, self.kind, self._command, problem=self._problem, hint=INSTALL_HINT)
+
+    def project(self, model: Model) -> None:
+        return None
 
     def plan(self, model: Model, *, port: int, api_key: str) -> NoReturn:
         raise EngineMissingError(self._problem, hint=INSTALL_HINT)

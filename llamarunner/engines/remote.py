@@ -50,6 +50,10 @@ class RemoteEngine:
         self.name = name
         self._config = config
 
+    @property
+    def known_version(self) -> str:
+        return ""
+
     def info(self) -> EngineInfo:
         url = base_url(self._config)
         try:
@@ -57,6 +61,9 @@ class RemoteEngine:
         except EngineError as error:
             return EngineInfo(self.name, KIND, url, problem=f"engine '{self.name}': {error.message}", hint=error.hint)
         return EngineInfo(self.name, KIND, url, version=f"{len(models)} model{'' if len(models) == 1 else 's'}")
+
+    def project(self, model: Model) -> None:
+        return None
 
     def plan(self, model: Model, *, port: int, api_key: str) -> LaunchPlan:
         url = base_url(self._config)

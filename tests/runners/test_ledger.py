@@ -1,0 +1,116 @@
+"""The ledger alone: what it makes of an engine's own projection, and what it remembers of earlier runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from running import ScriptedEngine
+
+from llamarunner.catalog.catalog import Model, ModelDetails, Weights
+from llamarunner.config.schema import ModelSettings
+from llamarunner.engines.projection import Projection
+from llamarunner.runners.footprints import Footprints, Measured, footprint_key
+from llamarunner.runners.ledger import Ledger, NoGauge
+from llamarunner.runners.memory import estimate
+from llamarunner.runners.place import Place
+from llamarunner.runners.placement import RAM, Device, Placement
+
+GIB = 1024**3
+DETAILS = ModelDetails(
+    architecture="llama",
+    block_count=4,
+    vocabulary=100,
+    weights=Weights(layers=(GIB,) * 4, experts=(0,) * 4),
+    metadata={
+        "llama.block_count": 4,
+        "llama.embedding_length": 256,
+        "llama.attention.head_count": 4,
+        "llama.feed_forward_length": 512,
+        "llama.context_length": 4096,
+    },
+)
+
+
+@dataclass
+class Machine(NoGauge):
+    found: Sequence[Device] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def devices(self) -> Sequence[Device]:
+        return self.found
+
+    def held(self, pid: int) -> Mapping[str, int]:
+        return self.sizes
+
+
+class Knowing(ScriptedEngine):
+    """An engine with a tool that projects."""
+
+    def __init__(self) -> None:
+        super().__init__({}, 20, None, None)
+        self.projected = 0
+        self.known_version = "1"
+
+    def project(self, model: Model) -> Projection | None:
+        self.projected += 1
+        return Projection(context=3 * GIB, compute=GIB)
+
+
+def model() -> Model:
+    return Model("m", Path("/m.gguf"), ModelSettings(), DETAILS, size_bytes=4 * GIB)
+
+
+def ledger(tmp_path: Path, *devices: Device) -> tuple[Ledger, Footprints]:
+    footprints = Footprints(tmp_path / "footprints.json")
+    return Ledger(Machine(devices), footprints), footprints
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked"),
+    [
+        ((), 0),
+        ((Device(RAM, "RAM", 64 * GIB),), 0),
+        ((Device(RAM, "RAM", 5 * GIB),), 1),
+        ((Device(RAM, "RAM", 64 * GIB), Device("gpu0", "GPU 0", 5 * GIB)), 1),
+        ((Device(RAM, "RAM", 5 * GIB), Device("gpu0", "GPU 0", 64 * GIB)), 0),
+    ],
+)
+def test_the_engines_tool_is_asked_where_it_could_matter(
+    tmp_path: Path, devices: tuple[Device, ...], asked: int
+) -> None:
+    book, _ = ledger(tmp_path, *devices)
+    place, engine = Place(model()), Knowing()
+    asyncio.run(book.estimate(place, engine))
+    asyncio.run(book.estimate(place, engine))
+    assert engine.projected == asked
+    need, plain = book.need(place), estimate(model())
+    assert need is not None
+    if asked:
+        assert (need.cache, need.compute) == (pytest.approx(3 * GIB, rel=0.001), GIB)
+        assert need.on_cpu() - plain.on_cpu() == need.cache - plain.cache + GIB - plain.compute
+    else:
+        assert need == plain
+
+
+def test_how_long_a_load_takes_is_known_after_a_restart(tmp_path: Path) -> None:
+    book, footprints = ledger(tmp_path)
+    place, engine = Place(model()), Knowing()
+    assert book.expected_load_s(place) is None
+    asyncio.run(book.estimate(place, engine))
+    assert book.expected_load_s(place) is None
+    key = footprint_key(model(), engine="llama-server", version="1", placement=Placement({RAM: 1}))
+    for seconds in (2.0, 7.0, 3.0):
+        footprints.record(key, Measured({RAM: GIB}, seconds))
+    footprints.save()
+    again = Footprints(tmp_path / "footprints.json")
+    again.load()
+    book = Ledger(Machine(), again)
+    assert book.expected_load_s(Place(model())) is None  # nothing is known of the model yet
+    asyncio.run(book.estimate(place := Place(model()), engine))
+    assert book.expected_load_s(place) == 3.0
+    place.placement = Placement({"gpu0": 1}, 5, devices=("gpu0",))
+    assert book.expected_load_s(place) is None  # there it was never loaded
