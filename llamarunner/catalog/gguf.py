@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from llamarunner.errors import ModelFileError
 from llamarunner.units import format_size
@@ -216,12 +216,30 @@ class _Cursor:
             raise _Damaged(f"its lists have more than {MAX_WALKED} items")
 
 
+class Tensor(NamedTuple):
+    name: str
+    type: str  # "Q4_K"
+    shape: tuple[int, ...]  # ggml's order: what lies side by side in memory comes first
+
+
 def read_header(path: Path) -> Header:
     """Raises ModelFileError where `path` is not a whole GGUF file of this machine's byte order."""
+    return _read(path, [])
+
+
+def read_tensors(path: Path) -> list[Tensor]:
+    """Every tensor in the file's order. Raises as `read_header` does."""
+    tensors: list[Tensor] = []
+    _read(path, tensors)
+    return tensors
+
+
+def _read(path: Path, tensors: list[Tensor]) -> Header:
+    """The header; its tensors are added to `tensors`."""
     shown = printable(str(path))
     try:
         with _open_regular(path) as file:
-            return _parse(_Cursor(file, os.fstat(file.fileno()).st_size))
+            return _parse(_Cursor(file, os.fstat(file.fileno()).st_size), tensors)
     except _Damaged as problem:
         raise ModelFileError(f"{shown}: {problem.what}", hint=problem.hint) from None
     except FileNotFoundError:
@@ -243,7 +261,7 @@ def _open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb", buffering=0)
 
 
-def _parse(cursor: _Cursor) -> Header:
+def _parse(cursor: _Cursor, tensors: list[Tensor]) -> Header:
     _check_start(cursor)
     tensor_count, key_count = *cursor.read(_U64), *cursor.read(_U64)
     if tensor_count > MAX_TENSORS:
@@ -264,7 +282,7 @@ def _parse(cursor: _Cursor) -> Header:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= 2**31 or alignment & (alignment - 1):
         raise _Damaged("damaged: its alignment is not a power of two")
-    return Header(metadata, tensor_count, *_read_tensors(cursor, tensor_count, alignment), lengths)
+    return Header(metadata, tensor_count, *_read_tensors(cursor, tensor_count, alignment, tensors), lengths)
 
 
 def _check_start(cursor: _Cursor) -> None:
@@ -317,9 +335,11 @@ def _value(cursor: _Cursor, code: int, *, keep: bool, depth: int) -> Any:
     return None
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
-    """Elements by type, and bytes by group and type. Raises _Damaged where the data of a tensor would lie past the end
-    of the file."""
+def _read_tensors(
+    cursor: _Cursor, count: int, alignment: int, tensors: list[Tensor]
+) -> tuple[dict[str, int], dict[tuple[str, str], int]]:
+    """Elements by type, and bytes by group and type; each tensor is added to `tensors`. Raises _Damaged where the data
+    of one would lie past the end of the file."""
     cursor.check(count * 24)  # the least that describes a tensor
     parameters: Counter[str] = Counter()
     sizes: Counter[tuple[str, str]] = Counter()
@@ -350,6 +370,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[dict[str
         extent = max(extent, offset + size)
         parameters[type_name] += elements
         sizes[_group(name), type_name] += size
+        tensors.append(Tensor(name, type_name, tuple(shape)))
     if count:
         data_start = -(-cursor.offset // alignment) * alignment
         if data_start + extent > cursor.size:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from aiohttp import web
 
-from llamarunner.errors import LlamaRunnerError, RequestError
+from llamarunner.catalog.catalog import Model
+from llamarunner.catalog.gguf import read_header, read_tensors
+from llamarunner.errors import LlamaRunnerError, ModelFileError, RequestError
 from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.ollama import describe
 from llamarunner.proxies.ollama.answering import Answering
@@ -16,8 +20,11 @@ from llamarunner.proxies.ollama.cloud import cloud_routes
 from llamarunner.proxies.ollama.embedding import Embedding
 from llamarunner.proxies.ollama.errors import error_body
 from llamarunner.proxies.ollama.openai import OllamaOpenAI
+from llamarunner.proxies.ollama.show import Files, show
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
+
+logger = logging.getLogger(__name__)
 
 API_VERSION = "0.30.1"
 """The Ollama release whose API this is. Clients compare it as dotted numbers; our own version is in `Server`."""
@@ -92,4 +99,16 @@ class OllamaDialect:
         if not name:
             raise RequestError("model is required")
         model = self._relay.catalog.find(name)
-        return json_response(describe.show(model, name, user_agent=request.headers.get("User-Agent", "")))
+        files = await asyncio.to_thread(_look_into, model, verbose=body.get("verbose", False))
+        return json_response(show(model, body, files, user_agent=request.headers.get("User-Agent", "")))
+
+
+def _look_into(model: Model, *, verbose: bool) -> Files:
+    """Reads the model's files. One that cannot be read tells nothing: what is wrong with it, its load will say."""
+    projector, tensors = None, None
+    try:
+        projector = read_header(model.mmproj).metadata if model.mmproj is not None else None
+        tensors = read_tensors(model.path) if verbose else None
+    except ModelFileError as error:
+        logger.info("%s: %s", model.name, error)
+    return Files(projector, tensors)
