@@ -214,8 +214,8 @@ async def test_ollama_errors(client: ollama.AsyncClient) -> None:
         await client.chat(MODEL, CAPITAL, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
     assert (tools.value.status_code, tools.value.error) == (400, f"{MODEL} does not support tools")
     with pytest.raises(ollama.ResponseError) as embed:
-        await client.embed(MODEL, "text")
-    assert embed.value.status_code == 404
+        await client.embed("other/chat-only", "text")
+    assert (embed.value.status_code, embed.value.error) == (400, "other/chat-only does not support embeddings")
     with pytest.raises(ollama.ResponseError) as long:
         async for _ in await client.chat(MODEL, [{"role": "user", "content": "word " * 900}], stream=True):
             pass
