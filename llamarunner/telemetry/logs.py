@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llamarunner.telemetry.lines import LineSplitter, clean, guess_level
 from llamarunner.telemetry.logfiles import BackgroundWriter, LogFiles
+from llamarunner.telemetry.quotes import QuoteFilter
 
 PROGRAM = "llamarunner"  # the source of the program's own log
 
@@ -81,29 +82,30 @@ class LogRing:
 
 
 class EngineLog:
-    """Takes one engine's output as it comes, in blocks of any size."""
+    """Takes one engine's output as it comes, in blocks of any size. What it quotes of requests goes nowhere."""
 
     def __init__(self, ring: LogRing, write: Callable[[float, list[str]], None], closed: Callable[[], None]) -> None:
         self._ring = ring
         self._write = write
         self._closed: Callable[[], None] | None = closed
         self._splitter = LineSplitter()
+        self._quotes = QuoteFilter()
         self.on_line: Callable[[str], None] | None = None
         """Called with each line once it has ended, and with a row of dots, drawn while a model loads, as it grows."""
 
     def feed(self, block: bytes) -> None:
-        self._keep(self._splitter.feed(block))
+        self._keep(self._quotes.feed(self._splitter.feed(block)))
         if self.on_line is not None and self._splitter.begins_with(b".."):
             self.on_line(self._splitter.unfinished)
 
     def tail(self, lines: int) -> tuple[str, ...]:
         """The last lines, one that is not finished yet included."""
-        unfinished = self._splitter.unfinished
+        unfinished = self._quotes.peek(self._splitter.unfinished)
         texts = [line.text for line in self._ring.tail(lines)]
         return tuple([*texts, unfinished] if unfinished else texts)[-lines:] if lines > 0 else ()
 
     def close(self) -> None:
-        self._keep(self._splitter.flush())
+        self._keep(self._quotes.feed(self._splitter.flush()) + self._quotes.flush())
         closed, self._closed = self._closed, None
         if closed is not None:
             closed()

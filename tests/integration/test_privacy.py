@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 from serving import Serving, serve
 from wire import send
 
@@ -80,12 +81,12 @@ async def ask_everything(serving: Serving, model: str) -> int:
     return len(asked)
 
 
-def written(serving: Serving) -> dict[str, str]:
-    """Every text that is kept, by where it is."""
+def written(serving: Serving, *, overflows: bool = False) -> dict[str, str]:
+    """Every text that is kept, by where it is. `overflows`: of a ring what it still has will do."""
     texts = {str(path): path.read_text(errors="replace") for path in serving.home.rglob("*") if path.is_file()}
     for source in serving.logs.sources():
         lines, missed = serving.logs.page(source, 0, 100_000)
-        assert not missed
+        assert overflows or not missed
         texts[f"ring of {source}"] = "\n".join(line.text for line in lines)
     texts["traces"] = "\n".join(json.dumps(dataclasses.asdict(trace), default=str) for trace in serving.finished)
     return texts
@@ -147,3 +148,46 @@ async def test_engines_that_fail(run_service: Any) -> None:
     for word in (CANARY, ANSWERED):
         assert_private(texts, word)
         assert_private(await asyncio.to_thread(written, serving), word)
+
+
+SCHEMAS: list[Any] = [
+    {"type": CANARY, "properties": {CANARY: {"type": "weird"}}}, {"$ref": f"#/{CANARY}"},
+    {"type": "string", "pattern": f"^{CANARY}\\!$"}, {"type": "object", "properties": {CANARY: {"enum": [CANARY]}}},
+]  # fmt: skip
+GRAMMARS = [
+    f'root ::= "{CANARY}" {CANARY}-x\nsecond {CANARY} line\nerror: {CANARY}\n',
+    f'root ::= {CANARY}-undefined\n{CANARY}-other ::= "a{CANARY}"\n',
+    f'root ::= "{CANARY}"',
+    "[" * 300 + CANARY,
+]
+
+
+@pytest.mark.parametrize("verbosity", [3, 99])
+async def test_grammars_and_schemas_that_the_engine_quotes(tmp_path: Path, smollm2_path: Path, verbosity: int) -> None:
+    flags = {"threads": 1, "threads-batch": 1, "verbosity": verbosity}
+    models = {"smol": {"path": str(smollm2_path), "context": 256, "flags": flags}}
+    tool = {"name": CANARY, "description": CANARY, "parameters": SCHEMAS[3]}
+    formats = [{"type": "json_schema", "json_schema": {"name": "s", "schema": schema}} for schema in SCHEMAS]
+    bodies: list[dict[str, Any]] = [{"response_format": each} for each in [*formats, {"type": CANARY}]]
+    bodies += [{"grammar": grammar} for grammar in GRAMMARS]
+    bodies += [{"tools": [{"type": "function", "function": tool}], "tool_choice": "required"}]
+    async with serve(
+        tmp_path, {"models": models, "engines": {"default": {"kind": "builtin"}}}, log_files=True
+    ) as serving:
+        async with aiohttp.ClientSession() as session:
+            for body in bodies:
+                whole = {"model": "smol", "messages": TURN, "max_tokens": 4, **body}
+                async with session.post(f"{serving.lmstudio}/v1/chat/completions", json=whole) as answer:
+                    await answer.read()
+            for schema in SCHEMAS:
+                whole = {"model": "smol", "messages": TURN, "options": {"num_predict": 4}, "format": schema}
+                async with session.post(f"{serving.ollama}/api/chat", json=whole) as answer:
+                    await answer.read()
+        texts = written(serving, overflows=True)
+    assert_private(texts, CANARY)
+    files = await asyncio.to_thread(written, serving, overflows=True)
+    assert_private(files, CANARY)
+    log = next(text for name, text in files.items() if name.endswith("smol.log"))
+    assert "parse: error parsing grammar: … (left out: it quotes a request)" in log
+    assert "quoting a request" in log
+    assert "failed to parse grammar" in log
