@@ -28,6 +28,8 @@ from collections.abc import Sequence
 class LlamaRunnerError(Exception):
     status: int = 500
     code: str = "internal_error"
+    retry_after_s: float | None = None
+    """When it is worth trying again, where that is known."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)

@@ -50,6 +50,8 @@ class RequestTrace:
     endpoint: str  # "/api/chat"
     client: str  # "127.0.0.1:51234"
     user_agent: str = ""
+    client_name: str = ""  # of the [clients.NAME] it was recognised as
+    priority: int = 0  # of that client
     model: str = ""
     stream: bool = False
     request_id: int = field(default_factory=lambda: next(_request_numbers))

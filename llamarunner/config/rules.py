@@ -79,6 +79,10 @@ def _engines(config: Config) -> Iterator[Finding]:
         if model.engine not in config.engines:
             message = f'there is no engine "{model.engine}"; {nearest_hint(model.engine, list(config.engines))}'
             yield (*path, "engine"), message
+        for index, name in enumerate(model.also_on):
+            if name not in config.engines:
+                message = f'there is no engine "{name}"; {nearest_hint(name, list(config.engines))}'
+                yield (*path, "also_on", index), message
     for name, engine in config.engines.items():
         for key, message in _engine(engine):
             yield ("engines", name, key), message

@@ -126,8 +126,24 @@ class ModelSettings(Section):
     """Requests answered side by side; each has the whole `context`."""
     keep_alive: KeepAlive = 300.0
     """How long a model nobody uses stays loaded; 0 unloads at once, -1 never. A request's own keep_alive wins."""
+    keep_alive_min: Duration = 0.0
+    """A request's keep_alive counts as no less than this, an unload by a client included."""
+    keep_alive_max: Duration | None = None
+    """A request's keep_alive counts as no more than this."""
     pin: bool = False
     """Once loaded, never unload to make room or for idleness."""
+    tags: list[str] = []
+    """Words of your own for `scheduler.never_together` and `scheduler.always_stay`."""
+    priority: int = 0
+    """Its requests go before those of models with less, until one of these has waited for scheduler.max_wait."""
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    """Runners of it at once, where there is room: a request goes to the one with the fewest."""
+    also_on: list[str] = []
+    """Further [engines.NAME] that run it too: a replica on each."""
+    max_requests: Annotated[int, Field(ge=0)] = 0
+    """Requests answered side by side at most; 0 for as many as its engine has slots."""
+    max_queue: Annotated[int, Field(ge=0)] = 0
+    """Requests that may wait for it; one more is refused. 0 for scheduler.max_queue alone."""
     load_timeout: Duration = 300.0
     """A load that shows no progress for this long has failed."""
     hang_timeout: Duration = 120.0
@@ -172,6 +188,14 @@ class SchedulerConfig(Section):
     """Requests that may wait for a model; one more is refused with 503."""
     max_wait: Duration = 60.0
     """After waiting this long for room, a request closes a busy model to new ones, so that its own turn comes."""
+    min_residency: Duration = 5.0
+    """A model just loaded does not make room for another this soon, unless nobody asked it for a fifth of that time."""
+    never_together: list[str] = []
+    """Tags: of the models that have one of these, only one is loaded at a time."""
+    always_stay: list[str] = []
+    """Tags: models that have one of these stay once loaded, as with `pin`."""
+    yield_to_others: bool = False
+    """Unload idle models when other programs take memory, until the reserve is free again."""
     gpu_reserve: Size = 512 * 1024**2
     """Memory of each GPU that is left free."""
     ram_reserve: Size = 1024**3

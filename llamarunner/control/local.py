@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,7 +202,7 @@ def model_view(model: Model, residence: Residence | None, hardware: HardwareSamp
         capabilities=tuple(sorted(model.capabilities)),
         problem=model.problem or (failure.message if failure is not None else _hung_text(residence)),
         hint=model.hint or (failure.hint if failure is not None else ""),
-        pinned=model.settings.pin,
+        pinned=residence.pinned if residence is not None else model.settings.pin,
         runner_id=runner.runner_id if runner is not None else None,
         pid=runner.pid if runner is not None else None,
         port=runner.plan.port if runner is not None and runner.plan is not None else None,
@@ -220,7 +219,7 @@ def model_view(model: Model, residence: Residence | None, hardware: HardwareSamp
         load_s=runner.load_s if runner is not None else None,
         progress=load_progress(runner, residence.load_s) if runner is not None and residence is not None else None,
         activity=activity_of(runner) if runner is not None else (),
-        idle_left_s=math.inf if idle_left is not None and model.settings.pin else idle_left,
+        idle_left_s=idle_left,
         hung_s=residence.hung_s if residence is not None else None,
     )
 

@@ -32,6 +32,7 @@ def _version() -> str:
 class BuiltinEngine:
     kind = KIND
     is_local = True
+    is_adjustable = True
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name

@@ -22,6 +22,7 @@ _PORT_FLAGS = ("p", "port")
 class CommandEngine:
     kind = KIND
     is_local = True
+    is_adjustable = False
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name

@@ -61,6 +61,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def is_adjustable(self) -> bool:
+        """Whether a request may have its model loaded with another context or other flags."""
+        ...
+
+    @property
     def known_version(self) -> str:
         """Of its program, as far as it is known without running or asking anything; "" where it is not."""
         ...

@@ -30,6 +30,7 @@ def find_command(config: EngineConfig) -> str | None:
 class LlamaServerEngine:
     kind = KIND
     is_local = True
+    is_adjustable = True
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name

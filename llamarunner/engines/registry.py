@@ -21,6 +21,7 @@ class MissingEngine:
     kind = "auto"
     is_local = True
     known_version = ""
+    is_adjustable = True
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name

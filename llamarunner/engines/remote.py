@@ -45,6 +45,7 @@ class UnreachableError(EngineError):
 class RemoteEngine:
     kind = KIND
     is_local = False
+    is_adjustable = False
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name

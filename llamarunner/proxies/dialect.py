@@ -8,7 +8,7 @@ from typing import Protocol
 import orjson
 from aiohttp import web
 
-from llamarunner.errors import LlamaRunnerError, OverloadedError
+from llamarunner.errors import LlamaRunnerError
 from llamarunner.events import RequestTrace
 
 JSON_TYPE = "application/json; charset=utf-8"
@@ -41,6 +41,6 @@ def json_response(body: object, status: int = 200) -> web.Response:
 def error_response(dialect: Dialect, error: LlamaRunnerError, path: str) -> web.Response:
     body, status = dialect.error_body(error, path), dialect.error_status(error, path)
     response = web.Response(text=body, status=status) if isinstance(body, str) else json_response(body, status)
-    if isinstance(error, OverloadedError):
-        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return response

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -36,12 +36,15 @@ from llamarunner.proxies.upstream import (
     read_most,
     refusal,
 )
+from llamarunner.runners.demand import NO_DEMAND, Demand
 from llamarunner.runners.manager import Lease, RunnerManager
 
 logger = logging.getLogger(__name__)
 
 _NOTICE_S = 5.0  # within which the end of an engine that takes no connections must show
 _TAIL_BYTES = 64 * 1024  # enough for the last event with its timings and usage
+
+_CANNOT_NOW = (502, 503, 504)
 
 Shorten = Callable[[Lease, EngineRefusalError], Awaitable[bytes]]
 """A body with less of the prompt, for an engine that refused the whole one."""
@@ -111,24 +114,55 @@ class Relay:
         trace: RequestTrace,
         *,
         keep_alive_s: float | None = None,
+        demand: Demand = NO_DEMAND,
         shorten: Shorten | None = None,
     ) -> AsyncIterator[tuple[aiohttp.ClientResponse, Lease]]:
         """The engine's answer to `body` posted to `path`, its status below 400, and the lease it is given under.
 
-        Where the engine refuses a prompt that is too long, the body that `shorten` returns is asked in its place.
-        Leaving the block with the answer unread closes the connection, and the engine stops generating.
+        Where the engine gives none, another replica is asked, if there is one. Where it refuses a prompt that is too
+        long, the body that `shorten` returns is asked in its place. Leaving the block with the answer unread closes the
+        connection, and the engine stops generating.
         """
         async with AsyncExitStack() as held:
-            lease = await held.enter_async_context(self.manager.acquire(model, trace, keep_alive_s=keep_alive_s))
+            yield await self._ask(held, model, path, body, trace, shorten, keep_alive_s=keep_alive_s, demand=demand)
+
+    async def _ask(
+        self,
+        held: AsyncExitStack,
+        model: Model,
+        path: str,
+        body: bytes,
+        trace: RequestTrace,
+        shorten: Shorten | None,
+        **acquire: Any,
+    ) -> tuple[aiohttp.ClientResponse, Lease]:
+        tried: list[str] = []
+        while True:
+            lease = None
             try:
-                upstream = await held.enter_async_context(self.ask_shortened(lease, path, body, trace, shorten))
-            except UnreachedError:
-                # the engine ended a moment ago, and its runner is about to notice: the next one takes the request
-                await held.aclose()
-                await _wait_ended(lease)
-                lease = await held.enter_async_context(self.manager.acquire(model, trace, keep_alive_s=keep_alive_s))
-                upstream = await held.enter_async_context(self.ask_shortened(lease, path, body, trace, shorten))
-            yield upstream, lease
+                async with AsyncExitStack() as attempt:
+                    lease = await attempt.enter_async_context(
+                        self.manager.acquire(model, trace, avoid=tried, **acquire)
+                    )
+                    upstream = await attempt.enter_async_context(self.ask_shortened(lease, path, body, trace, shorten))
+                    held.push_async_exit(attempt.pop_all())
+                    return upstream, lease
+            except (EngineGoneError, EngineRefusalError) as error:
+                if lease is None or not await self._may_ask_again(lease, error, tried):
+                    raise
+                tried.append(lease.name)
+
+    async def _may_ask_again(self, lease: Lease, error: LlamaRunnerError, tried: Collection[str]) -> bool:
+        """Whether another replica may answer, or the next runner where the one that was asked has just ended."""
+        if not _gave_no_answer(error) or lease.name in tried:
+            return False
+        if self.manager.no_answer(lease):
+            logger.warning("%s gave no answer, another replica is asked: %s", lease.name, error)
+            return True
+        if isinstance(error, UnreachedError):
+            await _wait_ended(lease)
+            return True
+        return False
 
     @asynccontextmanager
     async def ask_shortened(
@@ -204,6 +238,11 @@ class Relay:
             await stream.fail(error)
         _note_last_events(trace, b"".join(tail))
         return await stream.end()
+
+
+def _gave_no_answer(error: LlamaRunnerError) -> bool:
+    """Nothing was answered, or by a server that says it cannot just now."""
+    return isinstance(error, EngineGoneError) or error.status in _CANNOT_NOW
 
 
 class UnreachedError(EngineGoneError):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.engines.engine import Engine
 from llamarunner.errors import LlamaRunnerError
+from llamarunner.runners.demand import NO_DEMAND, Demand
 from llamarunner.runners.footprints import Footprints, Measured, footprint_key
 from llamarunner.runners.memory import Need, companions, estimate
 from llamarunner.runners.place import Place
@@ -25,6 +26,7 @@ _AMPLE = 1.5  # of what a model needs: with so much free, no better estimate is 
 _BACK_SHARE = 0.75  # of what a runner held on a GPU; drivers keep a little
 _BACK_S = 5.0  # waited for it at most
 _BACK_POLL_S = 0.05
+_MOST_DEMANDS = 32  # estimates kept for one model
 
 
 class Gauge(Protocol):
@@ -63,30 +65,45 @@ class NoGauge:
         return
 
 
+@dataclass(slots=True)
+class _Known:
+    """What a model needs, by demand."""
+
+    model: Model
+    by_demand: dict[tuple[object, ...], Need | None] = field(default_factory=dict)
+
+
 class Ledger:
     def __init__(self, gauge: Gauge, footprints: Footprints) -> None:
         self._gauge = gauge
         self._footprints = footprints
+        self._needs: dict[tuple[str, str], _Known] = {}  # by the names of model and engine: replicas share them
         self._engines: dict[str, Engine] = {}  # of the models that were estimated
         self._versions: dict[str, str] = {}  # of each engine's program, as far as they are known
 
     def devices(self) -> Sequence[Device]:
         return self._gauge.devices()
 
-    async def estimate(self, place: Place, engine: Engine | None) -> None:
-        """Note in `place` what its model needs. Nothing is noted where that cannot be told: the engine then decides."""
-        if place.need_of is place.model or engine is None:
+    async def estimate(self, place: Place, engine: Engine | None, demand: Demand = NO_DEMAND) -> None:
+        """Note in `place` what its model needs under `demand`. Where that cannot be told the engine decides."""
+        if engine is None:
             return
-        place.engine_kind, place.is_local = engine.kind, engine.is_local
         model = place.model
+        key = (model.name, model.settings.engine)
+        known = self._needs.get(key)
+        if known is None or known.model is not model or len(known.by_demand) >= _MOST_DEMANDS:
+            known = self._needs[key] = _Known(model)
+        if demand.key in known.by_demand:
+            return
         try:
-            need, self._versions[engine.name] = await asyncio.to_thread(_estimate, model, engine)
+            wanted = demand.applied(model)
+            need, self._versions[engine.name] = await asyncio.to_thread(_estimate, wanted, engine)
             if need is not None and self._is_tight(need):
-                need = await asyncio.to_thread(_project, need, model, engine)
+                need = await asyncio.to_thread(_project, need, wanted, engine)
         except LlamaRunnerError as error:
             logger.debug("%s: what it needs cannot be told: %s", model.name, error)
             need = None
-        place.need, place.need_of = need, model
+        known.by_demand[demand.key] = need
         self._engines[engine.name] = engine
 
     def _is_tight(self, need: Need) -> bool:
@@ -96,14 +113,20 @@ class Ledger:
         free = [device.free_bytes for device in gpus or devices]
         return bool(free) and _AMPLE * need.on_cpu() > max(free)
 
-    def need(self, place: Place) -> Need | None:
-        """As estimated, put right by what was measured."""
-        if place.need is None:
+    def need(self, place: Place, demand: Demand = NO_DEMAND) -> Need | None:
+        """As estimated, put right by what was measured; None where that was not done, or cannot be."""
+        need = self.first_need(place, demand)
+        if need is None:
             return None
-        placement = place.placement or Placement({RAM: place.need.on_cpu()})
-        if key := self._key(place, placement):
-            return self._footprints.corrected(place.need, key, placement)
-        return place.need
+        placement = place.placement or Placement({RAM: need.on_cpu()})
+        if key := self._key(demand.applied(place.model), place.engine_kind, placement):
+            return self._footprints.corrected(need, key, placement)
+        return need
+
+    def first_need(self, place: Place, demand: Demand = NO_DEMAND) -> Need | None:
+        """As estimated, whatever was measured since."""
+        known = self._needs.get((place.model.name, place.model.settings.engine))
+        return known.by_demand.get(demand.key) if known is not None else None
 
     def estimated(self, place: Place) -> int | None:
         """Bytes in all, of where it lies or last lay; as the header tells, whatever was measured since."""
@@ -121,7 +144,7 @@ class Ledger:
         if place.need is None or not len(self._footprints):
             return None
         placement = place.placement or Placement({RAM: place.need.on_cpu()})
-        measured = self._footprints.lookup(key) if (key := self._key(place, placement)) else None
+        measured = self._footprints.lookup(key) if (key := self._own_key(place, placement)) else None
         return measured.load_s if measured is not None else None
 
     def held(self, place: Place) -> Mapping[str, int]:
@@ -142,7 +165,7 @@ class Ledger:
         engine = self._engines.get(place.model.settings.engine)
         if engine is not None and engine.is_local:
             self._versions[engine.name] = (await asyncio.to_thread(engine.info)).version
-        if held and placement is not None and (key := self._key(place, placement)):
+        if held and placement is not None and (key := self._own_key(place, placement)):
             self._footprints.record(key, Measured(held, runner.load_s))
             try:
                 await asyncio.to_thread(self._footprints.save)
@@ -154,7 +177,7 @@ class Ledger:
         runner, placement = place.runner, place.placement
         if runner is not None and runner.pid is not None and placement is not None:
             held = self._gauge.held(runner.pid)
-            if held and (key := self._key(place, placement)):
+            if held and (key := self._own_key(place, placement)):
                 self._footprints.grow(key, held)
 
     async def wait_until_back(self, held: Mapping[str, int], used_before: Mapping[str, int]) -> None:
@@ -180,11 +203,14 @@ class Ledger:
     def used(self) -> Mapping[str, int]:
         return self._gauge.used()
 
-    def _key(self, place: Place, placement: Placement) -> str:
+    def _own_key(self, place: Place, placement: Placement) -> str:
+        return self._key(place.launched or place.model, place.engine_kind, placement)
+
+    def _key(self, model: Model, engine_kind: str, placement: Placement) -> str:
         """ "" where the model's flags are wrong, which its load will tell."""
-        version = self._versions.get(place.model.settings.engine, "")
+        version = self._versions.get(model.settings.engine, "")
         try:
-            return footprint_key(place.model, engine=place.engine_kind, version=version, placement=placement)
+            return footprint_key(model, engine=engine_kind, version=version, placement=placement)
         except LlamaRunnerError:
             return ""
 

@@ -13,9 +13,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aiohttp
@@ -23,26 +23,19 @@ import aiohttp
 from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import SchedulerConfig
 from llamarunner.engines.engine import Engine, LaunchPlan
-from llamarunner.errors import (
-    DoesNotFitError,
-    EngineError,
-    EngineGoneError,
-    EngineMissingError,
-    LlamaRunnerError,
-    LoadError,
-    OverloadedError,
-)
+from llamarunner.errors import DoesNotFitError, EngineError, EngineMissingError, LoadError, OverloadedError
 from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerState
-from llamarunner.runners.crash import CauseKind
+from llamarunner.runners import replicas
+from llamarunner.runners.demand import NO_DEMAND, Demand
 from llamarunner.runners.footprints import Footprints
 from llamarunner.runners.guardian import Guardian
-from llamarunner.runners.hangs import watch_for_hang
-from llamarunner.runners.ledger import Ledger, NoGauge, placed
+from llamarunner.runners.ledger import Ledger, NoGauge
+from llamarunner.runners.loads import Loads
 from llamarunner.runners.outlook import Outlook, outlooks
-from llamarunner.runners.place import Place, Residence, Waiter, not_yet
-from llamarunner.runners.placement import Placement
+from llamarunner.runners.place import Place, Residence, together
 from llamarunner.runners.runner import EngineLog, Runner
 from llamarunner.runners.scheduler import Drain, Facts, Load, Refuse, Unload, Waiting, decide
+from llamarunner.runners.waiters import Waiter, Waiters
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +52,12 @@ class Lease:
     headers: Mapping[str, str]  # what the engine wants to see on each request
     plan: LaunchPlan
     waited_s: float  # from asking to having it: queueing and loading
+    place: Place
+
+    @property
+    def name(self) -> str:
+        """The model's, or its replica's."""
+        return self.place.name
 
 
 class RunnerManager:
@@ -78,15 +77,21 @@ class RunnerManager:
         """Without a `ledger` nothing is known of memory, and only `max_loaded` limits what is loaded."""
         self._engines = engines
         self._settings = settings
-        self._bus = bus
-        self._guardian = guardian
-        self._session = session
-        self._log_for = log_for
         self._ledger = ledger or Ledger(NoGauge(), Footprints(Path(os.devnull)))
         self._loop = asyncio.get_running_loop()
         self._places: dict[str, Place] = {}
+        self._replicas: dict[str, list[Place]] = {}  # of each model, by its name
+        self._loads = Loads(
+            engines,
+            self,
+            bus=bus,
+            guardian=guardian,
+            session=session,
+            log_for=log_for,
+            ledger=self._ledger,
+            places=lambda: list(self._places.values()),
+        )
         self._numbers = itertools.count(1)
-        self._tasks: set[asyncio.Task[None]] = set()
         self._wake: asyncio.TimerHandle | None = None
         self._closing = False
         self._idle = asyncio.Event()  # set while no lease is held
@@ -96,97 +101,140 @@ class RunnerManager:
 
     @asynccontextmanager
     async def acquire(
-        self, model: Model, trace: RequestTrace | None = None, *, keep_alive_s: float | None = None
+        self,
+        model: Model,
+        trace: RequestTrace | None = None,
+        *,
+        keep_alive_s: float | None = None,
+        demand: Demand = NO_DEMAND,
+        avoid: Collection[str] = (),
     ) -> AsyncIterator[Lease]:
-        """Hold a ready runner of `model`, loading it first if need be.
+        """Hold a ready runner of `model` that meets `demand`, loading it first if need be.
 
         `keep_alive_s` is how long the model stays once nobody uses it; the newest one given wins, None leaves it as it
-        is. Raises OverloadedError when the queue is full or the program is stopping, EngineError when the model could
-        not be loaded.
+        is. Replicas named in `avoid` are asked only where there is no other. Raises OverloadedError when the queue is
+        full or the program is stopping, EngineError when the model could not be loaded.
         """
         asked = time.monotonic()
-        place = self._place(model)
-        runner = await self._grant(place, trace, keep_alive_s)
-        granted = time.monotonic()
+        place, runner = await self._grant(model, trace, keep_alive_s, demand, avoid)
+        granted, priority = time.monotonic(), _priority(model, trace)
         unstreamed = trace is None or not trace.stream
         place.unstreamed += unstreamed
         if trace is not None:
             trace.granted = granted
             trace.phase = RequestPhase.PROMPT
         try:
-            plan = runner.plan
-            if plan is None:
+            if runner.plan is None:
                 raise EngineMissingError(f"{model.name} has no running engine")
-            yield Lease(runner, plan.base_url, plan.headers, plan, granted - asked)
+            plan = runner.plan
+            yield Lease(runner, plan.base_url, plan.headers, plan, granted - asked, place)
+            place.restarts.reset()
+            replicas.answered(place)
             if trace is not None:
                 place.note_answer(time.monotonic() - granted)
         finally:
             place.unstreamed -= unstreamed
-            self._release(place)
+            self._release(place, priority)
 
-    async def _grant(self, place: Place, trace: RequestTrace | None, keep_alive_s: float | None) -> Runner:
-        """One lease counted in `place`, now or when it is this waiter's turn."""
-        if self._closing:
-            raise OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
-        if not place.can_serve_now:
-            await self._ledger.estimate(place, self._engines.get(place.model.settings.engine))
-            if self._closing:
-                raise OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
-        if place.can_serve_now and place.runner is not None:
-            self._count_lease(place, keep_alive_s)
-            return place.runner
-        if sum(len(other.waiters) for other in self._places.values()) >= self._settings.max_queue:
-            raise OverloadedError("too many requests are waiting", retry_after_s=self._retry_after_s())
-        waiter = Waiter(next(self._numbers), time.monotonic(), self._loop.create_future(), trace, keep_alive_s)
-        place.waiters.append(waiter)
+    async def _grant(
+        self,
+        model: Model,
+        trace: RequestTrace | None,
+        keep_alive_s: float | None,
+        demand: Demand,
+        avoid: Collection[str],
+    ) -> tuple[Place, Runner]:
+        """One lease counted in the place that is returned, now or when it is this waiter's turn."""
+        self._refuse_when_closing()
+        places = self._places_of(model)
+        demand = self._within(demand, model)
+        priority = _priority(model, trace)
+        place = replicas.choose(places, demand, time.monotonic(), avoid)
+        if not place.can_serve_now(demand):
+            await self._ledger.estimate(place, self._engines.get(place.model.settings.engine), demand)
+            self._refuse_when_closing()
+        if place.can_serve_now(demand) and place.runner is not None:
+            self._count_lease(place, keep_alive_s, priority)
+            return place, place.runner
+        self._refuse_when_full(place, places)
+        granted: asyncio.Future[tuple[Place, Runner]] = self._loop.create_future()
+        number, since = next(self._numbers), time.monotonic()
+        waiter = Waiter(number, since, granted, trace, keep_alive_s, priority, demand)
+        place.waiters.add(waiter)
         self._mark_waiting(place, waiter)
         try:
             self._reconsider()
         except BaseException:
-            if waiter in place.waiters:
-                place.waiters.remove(waiter)  # or it would stand in the way of all who come after
+            self._forget(waiter)  # or it would stand in the way of all who come after
             raise
         try:
-            return await waiter.granted
+            return await granted
         except asyncio.CancelledError:
-            if waiter in place.waiters:
-                place.waiters.remove(waiter)
+            if self._forget(waiter):
                 self._reconsider()
-            elif not waiter.granted.cancelled() and waiter.granted.exception() is None:
-                self._release(place)
+            elif not granted.cancelled() and granted.exception() is None:
+                self._release(granted.result()[0], priority)
             raise
 
-    def _count_lease(self, place: Place, keep_alive_s: float | None) -> None:
-        place.leases += 1
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S)
+
+    def _refuse_when_full(self, place: Place, places: list[Place]) -> None:
+        limit = place.model.settings.max_queue
+        if limit and sum(len(each.waiters) for each in places) >= limit:
+            message = f"too many requests are waiting for {place.model.name}"
+            raise OverloadedError(message, retry_after_s=self._retry_after_s(place))
+        if sum(len(each.waiters) for each in self._places.values()) >= self._settings.max_queue:
+            raise OverloadedError("too many requests are waiting", retry_after_s=self._retry_after_s(place))
+
+    def _within(self, demand: Demand, model: Model) -> Demand:
+        """What of it this model's engine can be asked for."""
+        if demand is NO_DEMAND:
+            return demand
+        engine = self._engines.get(model.settings.engine)
+        return demand.within(model) if engine is not None and engine.is_adjustable else NO_DEMAND
+
+    def _forget(self, waiter: Waiter) -> bool:
+        """Whether it still waited."""
+        for place in self._places.values():
+            if waiter in place.waiters:
+                place.waiters.remove(waiter)
+                return True
+        return False
+
+    def _count_lease(self, place: Place, keep_alive_s: float | None, priority: int) -> None:
+        place.holders[priority] += 1
         place.idle_since = None
         if keep_alive_s is not None:
-            place.keep_alive_s = keep_alive_s
+            place.keep_alive_s = place.kept_alive(keep_alive_s)
         self._idle.clear()
 
-    def _release(self, place: Place) -> None:
-        place.leases -= 1
-        if place.is_ready and place.runner is not None:
-            place.restarts.reset()
-            self._serve_waiters(place, place.runner)
+    def _release(self, place: Place, priority: int) -> None:
+        place.holders[priority] -= 1
+        if not place.holders[priority]:
+            del place.holders[priority]
+        self._serve_waiters(place)
         if place.leases == 0:
             place.idle_since = time.monotonic()
             if all(other.leases == 0 for other in self._places.values()):
                 self._idle.set()
         self._reconsider()
 
-    def _serve_waiters(self, place: Place, runner: Runner) -> None:
-        """As many as its engine answers side by side; the rest when those have ended."""
-        while place.waiters and place.leases < place.slots:
-            waiter = place.waiters.popleft()
-            if not waiter.granted.done():
-                self._count_lease(place, waiter.keep_alive_s)
-                waiter.granted.set_result(runner)
-
-    def _refuse_waiters(self, place: Place, error: Exception) -> None:
-        while place.waiters:
-            waiter = place.waiters.popleft()
-            if not waiter.granted.done():
-                waiter.granted.set_exception(error)
+    def _serve_waiters(self, place: Place) -> None:
+        """As many as its engine answers side by side; the rest when those have ended. Where none waits here, those who
+        wait for another replica are served."""
+        now = time.monotonic()
+        queues = [place, *(other for other in self._replicas[place.model.name] if other is not place)]
+        for other in queues:
+            while place.runner and place.is_ready and other.waiters and place.leases < place.slots:
+                waiter = other.waiters.first(now)
+                if not place.meets(waiter.demand):
+                    break
+                other.waiters.remove(waiter)
+                if not waiter.granted.done():
+                    self._count_lease(place, waiter.keep_alive_s, waiter.priority)
+                    waiter.granted.set_result((place, place.runner))
 
     def _mark_waiting(self, place: Place, waiter: Waiter) -> None:
         if waiter.trace is not None:
@@ -194,52 +242,84 @@ class RunnerManager:
             if place.is_loading:
                 waiter.trace.load_started = time.monotonic()
 
+    def no_answer(self, lease: Lease) -> bool:
+        """A request got none from the runner it was given; True where another replica may give it one."""
+        replicas.strike(lease.place, time.monotonic())
+        return len(self._replicas[lease.place.model.name]) > 1
+
+    # -- what became of a load (see `Desk`) --------------------------------------------------------------------------
+
+    def on_ready(self, place: Place) -> None:
+        self._serve_waiters(place)
+
+    def on_failed(self, place: Place, error: EngineError) -> None:
+        """Those who waited go to another replica that may serve them, or are told."""
+        now = time.monotonic()
+        for waiter in place.waiters.take_all():
+            waiter.tried.add(place.name)
+            others = [p for p in self._replicas[place.model.name] if p.name not in waiter.tried]
+            others = [other for other in others if not replicas.is_ejected(other, now)]
+            if others:
+                replicas.choose(others, waiter.demand, now).waiters.add(waiter)
+                self._loop.call_soon(self._reconsider)
+            elif not waiter.granted.done():
+                waiter.granted.set_exception(error)
+        for other in self._replicas[place.model.name]:
+            self._serve_waiters(other)
+
+    def on_room(self) -> None:
+        self._reconsider()
+
     # -- commands ----------------------------------------------------------------------------------------------------
 
     async def load(self, model: Model, *, keep_alive_s: float | None = None) -> None:
         """Return once `model` is ready. Raises as `acquire` does. A person asks: earlier failures do not count."""
-        if place := self._places.get(model.name):
+        for place in self._replicas.get(model.name, ()):
             place.restarts.reset()
+            replicas.answered(place)
+            if place.runner is None:
+                place.failure = None
         async with self.acquire(model, keep_alive_s=keep_alive_s):
             pass
 
     async def unload(self, model: Model, *, reason: str = "unloaded by hand", force: bool = False) -> None:
-        """Stop the model's runner once it has answered what it answers now; with `force`, at once.
+        """Stop the model's runners once they have answered what they answer now; with `force`, at once.
 
         Requests that come meanwhile wait, and load it again. A load in progress is given up, and those who wait for it
         are told so.
         """
-        place = self._places.get(model.name)
-        if place is None:
-            return
-        if place.runner is None:
-            place.failure = None
-            return
-        runner = place.runner
-        if force or place.is_loading or place.leases == 0:
-            if place.is_loading:
-                self._refuse_waiters(place, LoadError(f"{model.name} was unloaded while it was loading"))
-            self._stop(place, reason)
-        else:
-            runner.drain(reason)
+        ending: list[Runner] = []
+        for place in self._replicas.get(model.name, ()):
+            if place.runner is None:
+                place.failure = None
+                continue
+            ending.append(place.runner)
+            if force or place.is_loading or place.leases == 0:
+                if place.is_loading:
+                    self._refuse_waiters(place, LoadError(f"{place.name} was unloaded while it was loading"))
+                self._loads.stop(place, reason)
+            else:
+                place.runner.drain(reason)
         self._reconsider()
-        await runner.wait_ended()
+        for runner in ending:
+            await runner.wait_ended()
 
     def expire(self, model: Model) -> None:
-        """Unload the model as soon as nobody uses it; returns at once, and it need not be loaded."""
-        place = self._places.get(model.name)
-        if place is not None and place.runner is not None:
-            place.keep_alive_s = 0.0
-            self._reconsider()
+        """Unload the model as soon as nobody uses it, or as soon as the configuration lets clients do so; returns at
+        once, and it need not be loaded."""
+        for place in self._replicas.get(model.name, ()):
+            if place.runner is not None:
+                place.keep_alive_s = place.kept_alive(0.0)
+        self._reconsider()
 
     def set_keep_alive(self, model: Model, keep_alive_s: float) -> None:
         """As if a request with this keep_alive had just ended."""
-        place = self._places.get(model.name)
-        if place is not None and place.runner is not None:
-            place.keep_alive_s = keep_alive_s
-            if place.idle_since is not None:
-                place.idle_since = time.monotonic()
-            self._reconsider()
+        for place in self._replicas.get(model.name, ()):
+            if place.runner is not None:
+                place.keep_alive_s = place.kept_alive(keep_alive_s)
+                if place.idle_since is not None:
+                    place.idle_since = time.monotonic()
+        self._reconsider()
 
     async def close(self, drain_s: float) -> None:
         """Take no new requests, let running answers end within `drain_s`, then stop every engine. May be called again
@@ -254,25 +334,32 @@ class RunnerManager:
             logger.warning("ending the answers that are still running after %.0f s", drain_s)
         if self._wake is not None:
             self._wake.cancel()
-        runners = [place.runner for place in self._places.values() if place.runner is not None]
-        await asyncio.gather(*(runner.stop("the server is shutting down") for runner in runners))
-        while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._loads.close()
+
+    def _refuse_waiters(self, place: Place, error: Exception) -> None:
+        for waiter in place.waiters.take_all():
+            if not waiter.granted.done():
+                waiter.granted.set_exception(error)
 
     # -- what may be told --------------------------------------------------------------------------------------------
 
     def residence(self, name: str) -> Residence | None:
-        """Of the model of this name; None where it never was loaded."""
-        place = self._places.get(name)
-        return None if place is None else place.residence(time.monotonic(), self._ledger.estimated(place))
+        """Of the model of this name, its replicas taken together; None where it never was loaded."""
+        places, now = self._replicas.get(name), time.monotonic()
+        if not places:
+            return None
+        return together([place.residence(now, self._ledger.estimated(place)) for place in places])
 
     def outlooks(self) -> Mapping[int, Outlook]:
         """What each waiting request may be told, by request id."""
         return outlooks(list(self._places.values()), time.monotonic())
 
-    def _retry_after_s(self) -> float:
-        known = [outlook.left_s for outlook in self.outlooks().values() if outlook.left_s is not None]
-        return max(known, default=_RETRY_AFTER_S) or _RETRY_AFTER_S
+    def _retry_after_s(self, place: Place) -> float:
+        """When one of those who wait for this place will have been served, from how long loads and answers took."""
+        told = self.outlooks()
+        ids = [waiter.trace.request_id for waiter in place.waiters if waiter.trace is not None]
+        left = [outlook.left_s for each in ids or told if (outlook := told.get(each)) and outlook.left_s is not None]
+        return min(left, default=0.0) or place.answer_s or _RETRY_AFTER_S
 
     @property
     def pids(self) -> list[int]:
@@ -282,61 +369,81 @@ class RunnerManager:
 
     @property
     def loaded(self) -> list[Model]:
-        """The models whose runner is ready to answer."""
-        return [
-            place.model
-            for place in self._places.values()
-            if place.runner is not None and place.runner.state is RunnerState.READY
-        ]
+        """The models that have a runner ready to answer."""
+        names = dict.fromkeys(place.model.name for place in self._places.values() if _is_ready(place))
+        return [self._replicas[name][0].model for name in names]
 
     # -- acting on decisions -----------------------------------------------------------------------------------------
 
-    def _place(self, model: Model) -> Place:
-        place = self._places.get(model.name)
-        if place is None:
-            place = self._places[model.name] = Place(model)
-        elif place.runner is None:
-            place.model = model  # the catalogue may have a newer one; a running engine keeps what it was started with
-        return place
+    def _places_of(self, model: Model) -> list[Place]:
+        """One for each replica. The catalogue may have a newer model; a running engine keeps what it was started with,
+        and a place that is no replica any more is unloaded when it has answered."""
+        settings = model.settings
+        engines = [*[settings.engine] * settings.replicas, *settings.also_on]
+        places: list[Place] = []
+        for number, engine in enumerate(engines, 1):
+            name = model.name if number == 1 else f"{model.name}#{number}"
+            place = self._places.get(name)
+            if place is None or (place.runner is None and place.model is not model):
+                own = model if number == 1 else _on_engine(model, engine)
+                if place is None:
+                    place = self._places[name] = Place(name, own, Waiters(self._settings.max_wait))
+                place.model = own
+                place.pinned = settings.pin or not set(self._settings.always_stay).isdisjoint(settings.tags)
+                place.apart = frozenset(settings.tags) & frozenset(self._settings.never_together)
+                if (runs_it := self._engines.get(engine)) is not None:
+                    place.engine_kind, place.is_local = runs_it.kind, runs_it.is_local
+            places.append(place)
+        self._replicas[model.name] = places
+        return places
 
     def _facts(self) -> Facts:
-        waiting = sorted((p for p in self._places.values() if p.waiters), key=lambda p: p.waiters[0].number)
+        settings = self._settings
+        waiting = sorted((p for p in self._places.values() if p.waiters), key=lambda p: p.waiters.oldest().number)
         return Facts(
             now=time.monotonic(),
             residents=[p.resident(self._ledger.held(p)) for p in self._places.values() if p.runner is not None],
             waiting=[self._waiting(place) for place in waiting],
-            max_wait_s=self._settings.max_wait,
-            max_loaded=self._settings.max_loaded,
-            devices=self._ledger.devices() if waiting else (),
-            partial="offload" if self._settings.partial_offload else "refuse",
+            max_wait_s=settings.max_wait,
+            max_loaded=settings.max_loaded,
+            devices=self._ledger.devices() if waiting or settings.yield_to_others else (),
+            partial="offload" if settings.partial_offload else "refuse",
+            min_residency_s=settings.min_residency,
+            yields=settings.yield_to_others,
         )
 
     def _waiting(self, place: Place) -> Waiting:
-        need = self._ledger.need(place) if place.runner is None else None
-        first, devices = place.waiters[0], tuple(place.model.settings.devices)
-        return Waiting(place.model.name, first.since, need, devices, is_local=place.is_local)
+        leader = place.waiters.leader(time.monotonic())
+        need = self._ledger.need(place, leader.demand) if place.runner is None else None
+        return Waiting(
+            model=place.name,
+            since=place.waiters.oldest().since,
+            need=need,
+            devices=tuple(place.model.settings.devices),
+            is_local=place.is_local,
+            priority=max(waiter.priority for waiter in place.waiters),
+            apart=place.apart,
+        )
 
     def _reconsider(self) -> None:
         """Ask the scheduler, do what it says, and set the alarm for when to ask again."""
         if self._closing:
             return
         for place in self._places.values():
-            drained = place.runner is not None and place.runner.state is RunnerState.DRAINING and place.leases == 0
-            if drained and not place.stopping:
-                self._stop(place, place.runner.reason if place.runner else "")
+            self._end_what_is_over(place)
         decision = decide(self._facts())
         for action in decision.actions:
             place = self._places[action.model]
             match action:
                 case Load(placement=placement):
-                    self._start(place, placement)
+                    self._loads.start(place, placement)
                 case Unload(reason=reason):
-                    self._stop(place, reason)
+                    self._loads.stop(place, reason)
                 case Drain(reason=reason):
                     if place.runner is not None:
                         place.runner.drain(reason)
                 case Refuse(message=message, hint=hint, is_wrong=is_wrong):
-                    self._fail(place, EngineError(message, hint=hint) if is_wrong else DoesNotFitError(message))
+                    self._loads.fail(place, EngineError(message, hint=hint) if is_wrong else DoesNotFitError(message))
         if self._wake is not None:
             self._wake.cancel()
         if math.isinf(decision.wake_at):
@@ -345,131 +452,24 @@ class RunnerManager:
             delay = max(0.0, decision.wake_at - time.monotonic()) + _TIMER_SLACK_S
             self._wake = self._loop.call_later(delay, self._reconsider)
 
-    def _own(self, work: Coroutine[None, None, None], name: str) -> None:
-        task = self._loop.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _start(self, place: Place, placement: Placement | None) -> None:
-        model = place.model
-        engine = self._engines.get(model.settings.engine)
-        if place.failure is not None and (wait_s := place.restarts.wait_s(time.monotonic())) > 0:
-            self._refuse_waiters(place, not_yet(place.failure, wait_s, place.restarts.is_open(time.monotonic())))
+    def _end_what_is_over(self, place: Place) -> None:
+        """A runner that has answered all it had to, and one that does not do for who is next."""
+        runner = place.runner
+        if runner is None or place.stopping:
             return
-        place.failure = None
-        if engine is None:
-            self._fail(place, EngineMissingError(f"there is no engine '{model.settings.engine}'"))
-            return
-        place.placement = placement
-        runner = Runner(
-            placed(model, placement),
-            engine,
-            log=self._log_for(model.name),
-            bus=self._bus,
-            guardian=self._guardian,
-            session=self._session,
-        )
-        runner.on_ended = self._on_ended
-        place.runner = runner
-        place.idle_since = None
-        place.keep_alive_s = model.settings.keep_alive
-        now = time.monotonic()
-        for waiter in place.waiters:
-            if waiter.trace is not None:
-                waiter.trace.phase = RequestPhase.LOADING
-                waiter.trace.load_started = now
-        self._own(self._bring_up(place, runner), f"load {model.name}")
+        if place.is_ready and place.waiters and not place.meets(demand := place.waiters.first(time.monotonic()).demand):
+            runner.drain(f"loaded again for a request: {demand}")
+        if runner.state is RunnerState.DRAINING and place.leases == 0:
+            self._loads.stop(place, runner.reason)
 
-    async def _bring_up(self, place: Place, runner: Runner) -> None:
-        try:
-            await runner.start()
-        except EngineError as error:
-            if not await self._made_room_after(place, error):
-                self._give_up(place, runner, error)
-        except LlamaRunnerError as error:  # its configuration asks for what its engine has not
-            self._give_up(place, runner, EngineError(error.message, hint=error.hint))
-        except Exception:
-            logger.exception("loading %s failed in an unforeseen way", place.model.name)
-            self._give_up(
-                place, runner, EngineError(f"loading {place.model.name} failed", hint="the log has the details")
-            )
-        else:
-            place.load_s = runner.load_s
-            place.is_second_try = False
-            self._own(self._ledger.measure(place), f"measure {place.model.name}")
-            hangs = watch_for_hang(place, runner, self._session, self._on_hung)
-            self._own(hangs, f"watch for a hang of {place.model.name}")
-            place.idle_since = time.monotonic()
-            self._serve_waiters(place, runner)
-        self._reconsider()
 
-    async def _made_room_after(self, place: Place, error: EngineError) -> bool:
-        """Out of memory: unload every idle model, once, and let the load be tried again."""
-        idle = [
-            other
-            for other in self._places.values()
-            if other is not place and other.runner is not None and other.resident().is_evictable
-        ]
-        out_of_memory = isinstance(error, LoadError) and error.cause == CauseKind.OUT_OF_MEMORY
-        if not out_of_memory or not idle or place.is_second_try or place.stopping or not place.waiters:
-            return False
-        place.is_second_try = True
-        logger.warning("%s ran out of memory: unloading %d idle models and trying again", place.model.name, len(idle))
-        leaving = [other.runner for other in idle if other.runner is not None]
-        for other in idle:
-            self._stop(other, f"evicted for {place.model.name}, which ran out of memory")
-        await asyncio.gather(*(runner.wait_ended() for runner in leaving))
-        place.runner = None
-        return True
+def _priority(model: Model, trace: RequestTrace | None) -> int:
+    return model.settings.priority + (trace.priority if trace is not None else 0)
 
-    def _give_up(self, place: Place, runner: Runner, error: EngineError) -> None:
-        if place.runner is runner and not place.stopping:  # else whoever stops it tidies up
-            place.runner = None
-            self._fail(place, error)
 
-    def _fail(self, place: Place, error: EngineError) -> None:
-        place.is_second_try = False
-        place.failure = error
-        place.failed_at = time.monotonic()
-        if isinstance(error, LoadError | EngineGoneError):  # others cost nothing to find out again
-            place.restarts.failed(place.failed_at)
-        self._refuse_waiters(place, error)
+def _is_ready(place: Place) -> bool:
+    return place.runner is not None and place.runner.state is RunnerState.READY
 
-    def _stop(self, place: Place, reason: str) -> None:
-        if place.runner is not None and not place.stopping:
-            place.stopping = True
-            self._own(self._take_down(place, place.runner, reason), f"unload {place.model.name}")
 
-    async def _take_down(self, place: Place, runner: Runner, reason: str) -> None:
-        self._ledger.note_growth(place)
-        held, used = self._ledger.held(place), self._ledger.used()
-        try:
-            await runner.stop(reason)
-            if not self._closing:
-                await self._ledger.wait_until_back(held, used)
-        finally:
-            place.runner = None
-            place.stopping = False
-            place.idle_since = None
-            self._reconsider()
-
-    def _on_hung(self, place: Place, runner: Runner, error: EngineGoneError) -> None:
-        """Reported by now. A server elsewhere is not ours to end."""
-        is_ours = runner.plan is not None and not runner.plan.url
-        if place.model.settings.restart_hung and is_ours and place.runner is runner and not place.stopping:
-            runner.error = place.failure = error
-            place.failed_at = time.monotonic()
-            place.restarts.failed(place.failed_at)
-            self._stop(place, error.message)
-
-    def _on_ended(self, runner: Runner) -> None:
-        """An engine ended by itself: those it was answering see their connection break; the next request loads it."""
-        place = self._places.get(runner.model.name)
-        if place is not None and place.runner is runner and not place.stopping:
-            place.runner = None
-            place.idle_since = None
-            if runner.error is not None:
-                place.failure = runner.error
-                place.failed_at = time.monotonic()
-                place.restarts.failed(place.failed_at)
-            self._reconsider()
+def _on_engine(model: Model, engine: str) -> Model:
+    return replace(model, settings=model.settings.model_copy(update={"engine": engine}))

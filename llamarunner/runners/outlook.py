@@ -16,13 +16,14 @@ class Outlook:
 
 
 def outlooks(places: Sequence[Place], now: float) -> Mapping[int, Outlook]:
-    """By request id, of every waiter with a trace. Models are served in the order of their first waiter."""
+    """By request id, of every waiter with a trace, in the order in which the scheduler serves their models."""
     found: dict[int, Outlook] = {}
     position = 0
-    waiting = sorted((place for place in places if place.waiters), key=lambda place: place.waiters[0].number)
+    waiting = [place for place in places if place.waiters]
+    waiting.sort(key=lambda place: place.waiters.first(now).turn(now, place.waiters.patience_s))
     for place in waiting:
         reason, base_s = _reason(place, places, now)
-        for index, waiter in enumerate(place.waiters):
+        for index, waiter in enumerate(place.waiters.in_turn(now)):
             position += 1
             if waiter.trace is not None:
                 left = _left(place, index, base_s)
@@ -32,8 +33,11 @@ def outlooks(places: Sequence[Place], now: float) -> Mapping[int, Outlook]:
 
 def _reason(place: Place, places: Sequence[Place], now: float) -> tuple[str, float | None]:
     """In words, and the seconds until its model could take the first waiter."""
-    name, runner = place.model.name, place.runner
+    name, runner = place.name, place.runner
     if place.is_ready:
+        demand = place.waiters.first(now).demand
+        if not place.meets(demand):
+            return f"waiting for {name} to be loaded again ({demand}): {_answers(place.leases)} running", place.load_s
         return f"waiting for {name}: {_answers(place.leases)} running", 0.0
     if runner is not None and place.is_loading:
         left = place.load_s - (now - runner.state_since) if place.load_s is not None else None
@@ -43,7 +47,7 @@ def _reason(place: Place, places: Sequence[Place], now: float) -> tuple[str, flo
     busy = [other for other in places if other.runner is not None and other.leases]
     if not busy:
         return "waiting for room", place.load_s
-    names = ", ".join(f"{other.model.name} ({_answers(other.leases)} running)" for other in busy)
+    names = ", ".join(f"{other.name} ({_answers(other.leases)} running)" for other in busy)
     soonest = min((other.answer_s for other in busy if other.answer_s is not None), default=None)
     left = None if soonest is None or place.load_s is None else soonest + place.load_s
     return f"waiting for room: {names}", left

@@ -90,11 +90,14 @@ class Runner:
         bus: EventBus,
         guardian: Guardian,
         session: aiohttp.ClientSession,
+        name: str = "",
         stop_grace_s: float = 10.0,
         check_s: float = _CHECK_S,
     ) -> None:
+        """`name` is what it is called before people, if not as its model."""
         self.runner_id = next(_runner_ids)
         self.model = model
+        self.name = name or model.name
         self.state = RunnerState.STOPPED
         self.reason = ""
         self.state_since = time.monotonic()
@@ -144,7 +147,7 @@ class Runner:
             raise self._unloaded()
         if self._loading is not None:
             raise RuntimeError("a runner starts once")
-        self._loading = asyncio.create_task(self._load(), name=f"load {self.model.name}")
+        self._loading = asyncio.create_task(self._load(), name=f"load {self.name}")
         try:
             await asyncio.wait({self._loading})
         except asyncio.CancelledError:
@@ -165,7 +168,7 @@ class Runner:
         """From any state; ends as stopped, or stays failed. Goes on where the caller is cancelled; a second call waits
         for the first."""
         if self._stopping is None:
-            self._stopping = asyncio.create_task(self._stop(reason), name=f"stop {self.model.name}")
+            self._stopping = asyncio.create_task(self._stop(reason), name=f"stop {self.name}")
         await asyncio.shield(self._stopping)
 
     async def wait_ended(self) -> None:
@@ -179,12 +182,12 @@ class Runner:
         self._become(RunnerState.STARTING, "requested")
         try:
             if self.model.problem:
-                raise ModelFileError(f"{self.model.name} cannot run: {self.model.problem}", hint=self.model.hint)
+                raise ModelFileError(f"{self.name} cannot run: {self.model.problem}", hint=self.model.hint)
             props = await self._bring_up()
         except asyncio.CancelledError:
             raise  # by `stop`, which cleans up
         except BaseException as error:
-            self.error = error if isinstance(error, EngineError) else EngineError(f"{self.model.name}: {error!r}")
+            self.error = error if isinstance(error, EngineError) else EngineError(f"{self.name}: {error!r}")
             await self._end_process()
             self._become(RunnerState.FAILED, self.error.message)
             self._finish()
@@ -193,7 +196,7 @@ class Runner:
         self.load_s = time.monotonic() - begun
         self._become(RunnerState.READY, f"loaded in {format_duration(self.load_s)}")
         watch = self._watch_remote() if self._process is None else self._watch(self._process)
-        self._watching = asyncio.create_task(watch, name=f"watch {self.model.name}")
+        self._watching = asyncio.create_task(watch, name=f"watch {self.name}")
 
     async def _bring_up(self) -> Props:
         for attempt in itertools.count(1):
@@ -202,9 +205,7 @@ class Runner:
             except LoadError as error:
                 if error.cause != CauseKind.PORT_TAKEN or attempt == _PORT_TRIES:
                     raise
-                logger.info(
-                    "%s: port %d was taken, trying another", self.model.name, self.plan.port if self.plan else 0
-                )
+                logger.info("%s: port %d was taken, trying another", self.name, self.plan.port if self.plan else 0)
             await self._end_process()
             if self.state is RunnerState.LOADING:
                 self._become(RunnerState.STARTING, "its port was taken; trying another")
@@ -213,7 +214,7 @@ class Runner:
     async def _try_port(self, attempt: int) -> Props:
         plan = self._engine.plan(self.model, port=_free_port(), api_key=secrets.token_urlsafe(32))
         self.plan = plan
-        self._mark = f"--- starting {self.model.name}: runner {self.runner_id}, attempt {attempt} ---"
+        self._mark = f"--- starting {self.name}: runner {self.runner_id}, attempt {attempt} ---"
         self._note(self._mark)
         self._log_view.begin()
         self._progress_at = time.monotonic()
@@ -225,26 +226,26 @@ class Runner:
                 _environment(plan),
                 on_output=self._on_output,
                 guardian=self._guardian,
-                name=self.model.name,
+                name=self.name,
             )
         except OSError as error:
             raise EngineMissingError(
                 f"{plan.argv[0]} cannot be run: {error.strerror}", hint="see the engine's `command`"
             ) from error
         self._process, self.pid = process, process.pid
-        polling = asyncio.create_task(self._poll(plan, process), name=f"health {self.model.name}")
-        ended = asyncio.create_task(_ended(process), name=f"end {self.model.name}")
+        polling = asyncio.create_task(self._poll(plan, process), name=f"health {self.name}")
+        ended = asyncio.create_task(_ended(process), name=f"end {self.name}")
         try:
             await asyncio.wait({polling, ended}, return_when=asyncio.FIRST_COMPLETED)
             if process.returncode is not None:
                 raise self._load_error(process.returncode)
             return polling.result()
         except StrangerError:
-            message = f"{self.model.name} could not be loaded: another program answered on its port {plan.port}"
+            message = f"{self.name} could not be loaded: another program answered on its port {plan.port}"
             raise LoadError(message, cause=CauseKind.PORT_TAKEN, log_tail=self._tail(_TAIL_LINES)) from None
         except KeyRefusedError:
             key = "does not accept the key it was given" if plan.api_key else "wants a key, and was given none"
-            message = f"{self.model.name} could not be loaded: its engine {key}"
+            message = f"{self.name} could not be loaded: its engine {key}"
             hint = "see the api_key of its engine, and ${api_key} in the engine's env"
             raise LoadError(message, hint=hint, cause=KEY_REFUSED, log_tail=self._tail(_TAIL_LINES)) from None
         finally:
@@ -260,7 +261,7 @@ class Runner:
         except remote.UnreachableError as error:
             self._note(error.message)
             raise LoadError(
-                f"{self.model.name} could not be loaded: {error.message}", hint=error.hint, cause=UNREACHABLE
+                f"{self.name} could not be loaded: {error.message}", hint=error.hint, cause=UNREACHABLE
             ) from None
         return Props()
 
@@ -279,7 +280,7 @@ class Runner:
             await asyncio.sleep(min(max(_POLL_SHARE * elapsed, _POLL_LEAST_S), _POLL_MOST_S))
         tail = self._tail(_TAIL_LINES)
         raise LoadError(
-            f"{self.model.name} could not be loaded: no progress for {format_duration(plan.load_timeout_s)}",
+            f"{self.name} could not be loaded: no progress for {format_duration(plan.load_timeout_s)}",
             hint="the log has its last lines; a slow disk may need a longer load_timeout",
             cause=STALLED,
             log_tail=tail,
@@ -288,7 +289,7 @@ class Runner:
     def _load_error(self, exit_code: int) -> LoadError:
         cause = classify(exit_code, self._tail(_CAUSE_LINES))
         return LoadError(
-            f"{self.model.name} could not be loaded: {cause.summary}",
+            f"{self.name} could not be loaded: {cause.summary}",
             hint=cause.hint,
             cause=cause.kind,
             exit_code=exit_code,
@@ -296,7 +297,7 @@ class Runner:
         )
 
     def _unloaded(self) -> LoadError:
-        return LoadError(f"{self.model.name} was unloaded while loading", cause=STOPPED)
+        return LoadError(f"{self.name} was unloaded while loading", cause=STOPPED)
 
     # --- output ----------------------------------------------------------------------------------------------------
 
@@ -327,13 +328,13 @@ class Runner:
         if self.state is not RunnerState.READY and self.state is not RunnerState.DRAINING:
             return  # `stop` ended it
         cause = classify(code, self._tail(_CAUSE_LINES))
-        await self._lose(EngineGoneError(f"the engine of {self.model.name} ended: {cause.summary}", hint=cause.hint))
+        await self._lose(EngineGoneError(f"the engine of {self.name} ended: {cause.summary}", hint=cause.hint))
 
     async def _watch_remote(self) -> None:
         """Likewise, of a server elsewhere. What it still answers is not cut: those connections are its clients' own."""
         assert self.plan is not None  # it is ready by it
         error = await until_lost(self._session, self.plan, self._check_s, self._note)
-        await self._lose(EngineGoneError(f"the server of {self.model.name} is lost: {error.message}", hint=error.hint))
+        await self._lose(EngineGoneError(f"the server of {self.name} is lost: {error.message}", hint=error.hint))
 
     async def _lose(self, error: EngineGoneError) -> None:
         self.error = error
@@ -372,9 +373,9 @@ class Runner:
     def _become(self, new: RunnerState, reason: str) -> None:
         old = self.state
         if new not in _NEXT[old]:
-            raise RuntimeError(f"runner {self.runner_id} ({self.model.name}) cannot go from {old} to {new}")
+            raise RuntimeError(f"runner {self.runner_id} ({self.name}) cannot go from {old} to {new}")
         self.state, self.reason, self.state_since = new, reason, time.monotonic()
-        self._bus.publish(RunnerChanged(self.model.name, self.runner_id, old, new, reason))
+        self._bus.publish(RunnerChanged(self.name, self.runner_id, old, new, reason))
 
 
 async def _ended(process: EngineProcess) -> Props:

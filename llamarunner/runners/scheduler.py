@@ -1,15 +1,19 @@
 """Who is loaded, where, and who must leave: facts in, actions out. No I/O, no clock of its own, no asyncio.
 
 The rules:
-- A model that somebody waits for is loaded as soon as there is room on the devices; models wait their turn in the order
-  of their first waiter, and all waiters of one model go together (A B A B is served A A B B). Room that was promised to
-  one is not given to another, but who needs other room need not wait.
+- A model that somebody waits for is loaded as soon as there is room on the devices; models wait their turn by priority,
+  then in the order of their first waiter, and all waiters of one model go together (A B A B is served A A B B). Room
+  that was promised to one is not given to another, but who needs other room need not wait.
 - Room is made by unloading models nobody uses: loads nobody waits for any more first, then the idle ones, the least
   keep_alive left first, and no more of them than needed. Pinned models and models that are answering never leave.
-- A waiter that has waited `max_wait_s` closes the doors of the busy models in its way: they take no new requests,
-  finish those they have, and leave. So a steady stream on one model cannot starve another.
+- A model just loaded does not leave for `min_residency_s`, unless nobody has asked it for a fifth of that: models
+  that are asked in turns do not chase each other out with every request.
+- A waiter that has waited `max_wait_s`, or has a higher priority than what they answer, closes the doors of the busy
+  models in its way: they take no new requests, finish those they have, and leave. So a steady stream on one model
+  cannot starve another. Whoever has waited so long goes before all who have not, whatever their priority.
+- Of models that share a tag in `apart`, one is loaded at a time.
 - What cannot fit even then is refused at once, with the numbers.
-- A model idle for its keep_alive is unloaded.
+- A model idle for its keep_alive is unloaded; where `yields` is set, idle models also leave for other programs.
 """
 
 from __future__ import annotations
@@ -25,7 +29,9 @@ from llamarunner.runners.placement import Device, Partial, Placement, Refusal, p
 from llamarunner.runners.room import Holder, plan_room, without
 from llamarunner.units import format_duration, format_size
 
-_CLEARED_AT_ONCE = 4  # models that room is sought for and cannot be had yet; who comes after them waits behind them
+_CLEARED_AT_ONCE = 4  # models that room is sought for and cannot be had yet; who comes after takes what is free
+_LINGER_SHARE = 0.2  # of the minimum residency: idle for so long, a model is not in use
+_LOOK_AT_OTHERS_S = 5.0  # how often what other programs hold is looked at
 _LEAVING = (RunnerState.DRAINING, RunnerState.STOPPING)
 _COMING = (RunnerState.STARTING, RunnerState.LOADING)
 
@@ -43,6 +49,9 @@ class Resident:
     keep_alive_s: float = math.inf
     held: Mapping[str, int] = field(default_factory=dict)  # bytes of each device it has, or was promised
     is_local: bool = True  # it takes a place of this machine
+    ready_since: float | None = None
+    priority: int = 0  # the highest of those it answers
+    apart: frozenset[str] = frozenset()
 
     @property
     def expires(self) -> float:
@@ -68,6 +77,8 @@ class Waiting:
     need: Need | None = None  # None: it takes no memory here, or nobody knows how much
     devices: tuple[str, ...] = ()  # the only ones it may use; () for any
     is_local: bool = True
+    priority: int = 0  # the highest of its waiters
+    apart: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +90,19 @@ class Facts:
     max_loaded: int = 0  # models at once; 0 for as many as fit
     devices: Sequence[Device] = ()  # without what our residents hold; () where memory is not known
     partial: Partial = "offload"
+    spread: bool = False  # over all GPUs, though one would hold it
+    min_residency_s: float = 0.0
+    yields: bool = False  # idle models leave where other programs take the reserve
+
+    def is_protected(self, resident: Resident) -> bool:
+        """Too new to leave for another."""
+        return self.now < self.protected_until(resident)
+
+    def protected_until(self, resident: Resident) -> float:
+        if resident.ready_since is None or resident.idle_since is None:
+            return -math.inf
+        linger = resident.idle_since + _LINGER_SHARE * self.min_residency_s
+        return min(resident.ready_since + self.min_residency_s, linger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +149,39 @@ class Decision:
 def decide(facts: Facts) -> Decision:
     expired = [_expiry(resident) for resident in facts.residents if _has_expired(resident, facts.now)]
     leaving = {action.model for action in expired}
+    yielding = _give_way(facts, leaving) if facts.yields else []
+    leaving |= {action.model for action in yielding}
     house = _House(facts, leaving)
     resident = {resident.model for resident in facts.residents}
-    for waiting in facts.waiting:
-        is_too_far_behind = waiting.is_local and house.waiting_for_room >= _CLEARED_AT_ONCE
-        if waiting.model not in resident and not is_too_far_behind:
+    for waiting in sorted(facts.waiting, key=lambda each: _turn(each, facts)):
+        if waiting.model not in resident:
             house.serve(waiting)
-    return Decision((*expired, *house.actions), _wake_at(facts, leaving))
+    return Decision((*expired, *yielding, *house.actions), _wake_at(facts, leaving))
+
+
+def _turn(waiting: Waiting, facts: Facts) -> tuple[float, ...]:
+    """Whoever has waited long enough in the order they came, then by priority."""
+    if facts.now - waiting.since >= facts.max_wait_s:
+        return (0, waiting.since)
+    return (1, -waiting.priority, waiting.since)
+
+
+def _give_way(facts: Facts, leaving: set[str]) -> list[Unload]:
+    """Idle models, in order, until every device has its reserve free again."""
+    actions: list[Unload] = []
+    staying = [resident for resident in facts.residents if resident.model not in leaving]
+    for device in facts.devices:
+        held = sum(r.held.get(device.id, 0) for r in staying if r.state not in _LEAVING)
+        lacking = device.reserve_bytes + device.used_by_others_bytes + held - device.total_bytes
+        idle = [r for r in staying if r.is_evictable and r.state is RunnerState.READY and r.held.get(device.id)]
+        for resident in sorted(idle, key=_order):
+            if lacking <= 0:
+                break
+            others = format_size(device.used_by_others_bytes)
+            actions.append(Unload(resident.model, f"gives way to other programs, which hold {others} of {device.name}"))
+            lacking -= resident.held[device.id]
+            staying.remove(resident)
+    return actions
 
 
 def _has_expired(resident: Resident, now: float) -> bool:
@@ -153,9 +203,7 @@ class _House:
         self._facts = facts
         self._going = {r.model for r in facts.residents if r.model in leaving or r.state in _LEAVING}
         self._staying = [resident for resident in facts.residents if resident.model not in self._going]
-        self._freed = [
-            _holder(resident, order=-math.inf) for resident in facts.residents if resident.model in self._going
-        ]
+        self._freed = [_freed(resident) for resident in facts.residents if resident.model in self._going]
         # what is taken now, and once those who leave have left and those it was promised to have come
         self._now = self._then = _with_held(facts.devices, [resident.held for resident in facts.residents])
         local = [resident for resident in facts.residents if resident.is_local]
@@ -168,87 +216,156 @@ class _House:
         if not waiting.is_local:
             self.actions.append(Load(waiting.model))
             return
-        is_patient = self._facts.now - waiting.since < self._facts.max_wait_s
+        if self.waiting_for_room >= _CLEARED_AT_ONCE:
+            self._take_what_is_free(waiting)
+            return
         has_place = self._places > 0
-        if refusal := self._hopeless(waiting):
+        if refusal := self._hopeless(waiting) or self._never_beside(waiting):
             self.actions.append(refusal)
             return
-        if not has_place and not self._find_place(waiting, is_patient=is_patient):
+        is_clear = self._part(waiting)
+        if not has_place and not self._find_place(waiting):
             self.waiting_for_room += 1
             return
         plan = self._plan(waiting)
         if isinstance(plan, Refusal):
-            self._refused(waiting, plan, is_patient=is_patient)
+            self._refused(waiting, plan)
             return
         evict, placement = plan
         for name in evict:
             self._evict(name, waiting, placement)
+        is_loaded = False
         if has_place:
             self._places -= 1
-            if not evict:
-                placement = self._load(waiting, placement)
-        if Load(waiting.model, placement) not in self.actions[-1:]:
+            if not evict and is_clear:
+                placement, is_loaded = self._load(waiting, placement)
+        if not is_loaded:
             self.waiting_for_room += 1
         if placement is not None:  # theirs from now on, though it may take a while until it is free
             self._then = _with_held(without(self._then, self._among(evict)), [placement.bytes_by_device])
             self._freed = [holder for holder in self._freed if holder.name not in evict]
-            coming = Resident(waiting.model, RunnerState.LOADING, waiters=1, held=placement.bytes_by_device)
+        if placement is not None or waiting.apart:
+            held = placement.bytes_by_device if placement is not None else {}
+            coming = Resident(waiting.model, RunnerState.LOADING, waiters=1, held=held, apart=waiting.apart)
             self._staying.append(coming)  # whoever comes after may wait for it to leave again
+
+    def _take_what_is_free(self, waiting: Waiting) -> None:
+        """Nobody leaves for it, and nothing is kept for it."""
+        if self._places <= 0 or waiting.need is None or not self._then:
+            return
+        if waiting.apart and any(waiting.apart & r.apart for r in self._facts.residents):
+            return
+        try:
+            fits = self._place(waiting, _fuller(self._now, self._then), partial="refuse")
+        except UnsupportedError:
+            return  # told when its turn comes
+        if not isinstance(fits, Refusal):
+            self._places -= 1
+            self._give(waiting, fits)
+            self._then = _with_held(self._then, [fits.bytes_by_device])
+
+    def _is_patient(self, waiting: Waiting, resident: Resident) -> bool:
+        """Whether it lets the resident go on taking requests."""
+        waited = self._facts.now - waiting.since
+        return waited < self._facts.max_wait_s and waiting.priority <= resident.priority
+
+    def _may_leave(self, resident: Resident, waiting: Waiting) -> bool:
+        is_kept = self._facts.is_protected(resident) and self._is_patient(waiting, resident)
+        return resident.is_evictable and not is_kept
+
+    def _never_beside(self, waiting: Waiting) -> Refuse | None:
+        for resident in self._staying if waiting.apart else ():
+            if resident.pinned and (shared := waiting.apart & resident.apart):
+                tag = min(shared)
+                message = (
+                    f"{waiting.model} is never loaded beside {resident.model}, which stays (both have the tag '{tag}')"
+                )
+                return Refuse(waiting.model, message, "see scheduler.never_together", is_wrong=True)
+        return None
+
+    def _part(self, waiting: Waiting) -> bool:
+        """See to it that those leave that it is never together with; True once they have."""
+        if not waiting.apart:
+            return True
+        for resident in [resident for resident in self._staying if waiting.apart & resident.apart]:
+            tag = min(waiting.apart & resident.apart)
+            if self._may_leave(resident, waiting):
+                self._unload(resident.model, f"evicted for {waiting.model}: never together, by the tag '{tag}'")
+                self._places_coming += 1
+            elif resident.state is RunnerState.READY and not self._is_patient(waiting, resident):
+                self._drain(resident, waiting)
+        return not any(waiting.apart & resident.apart for resident in (*self._staying, *self._facts.residents))
 
     def _hopeless(self, waiting: Waiting) -> Refuse | None:
         """Before anybody leaves for it: one that would not fit if all of ours left, or asks for what is not there."""
         if waiting.need is None or not self._empty:
             return None
         try:
-            found = place(waiting.need, self._empty, pinned=waiting.devices, partial=self._facts.partial)
+            found = self._place(waiting, self._empty)
         except UnsupportedError as error:
             return Refuse(waiting.model, error.message, error.hint, is_wrong=True)
         return Refuse(waiting.model, found.message) if isinstance(found, Refusal) and not self._freed else None
 
-    def _load(self, waiting: Waiting, planned: Placement | None) -> Placement | None:
+    def _place(
+        self, waiting: Waiting, devices: Sequence[Device], partial: Partial | None = None
+    ) -> Placement | Refusal:
+        assert waiting.need is not None
+        how, spread = partial or self._facts.partial, self._facts.spread
+        return place(waiting.need, devices, pinned=waiting.devices, spread=spread, partial=how)
+
+    def _load(self, waiting: Waiting, planned: Placement | None) -> tuple[Placement | None, bool]:
         """Now, where there is room that nobody who leaves must give back first; otherwise it waits as planned."""
         if waiting.need is None or planned is None:
             self.actions.append(Load(waiting.model))
-            return None
-        fits = place(waiting.need, _fuller(self._now, self._then), pinned=waiting.devices, partial=self._facts.partial)
+            return None, True
+        fits = self._place(waiting, _fuller(self._now, self._then))
         if isinstance(fits, Refusal) or (fits.gpu_layers or 0) < (planned.gpu_layers or 0):
-            return planned
-        self.actions.append(Load(waiting.model, fits))
-        self._now = _with_held(self._now, [fits.bytes_by_device])
-        return fits
+            return planned, False
+        self._give(waiting, fits)
+        return fits, True
+
+    def _give(self, waiting: Waiting, placement: Placement) -> None:
+        self.actions.append(Load(waiting.model, placement))
+        self._now = _with_held(self._now, [placement.bytes_by_device])
 
     def _plan(self, waiting: Waiting) -> tuple[tuple[str, ...], Placement | None] | Refusal:
         if waiting.need is None or not self._then:
             return (), None
-        holders = [*self._freed, *map(_holder, self._staying)]
-        found = plan_room(waiting.need, self._then, holders, pinned=waiting.devices, partial=self._facts.partial)
+        holders = [*self._freed, *(_holder(r, evictable=self._may_leave(r, waiting)) for r in self._staying)]
+        how, spread = self._facts.partial, self._facts.spread
+        found = plan_room(waiting.need, self._then, holders, pinned=waiting.devices, spread=spread, partial=how)
         return found if isinstance(found, Refusal) else (found.evict, found.placement)
 
-    def _find_place(self, waiting: Waiting, *, is_patient: bool) -> bool:
+    def _find_place(self, waiting: Waiting) -> bool:
         """Where only so many may be loaded: the place of one that leaves."""
         if self._places_coming > 0:
             self._places_coming -= 1
             return True
-        idle = [resident for resident in self._staying if resident.is_evictable and resident.is_local]
+        idle = [resident for resident in self._staying if self._may_leave(resident, waiting) and resident.is_local]
         if idle:
             victim = min(idle, key=_order)
             self._unload(victim.model, f"evicted for {waiting.model}")
             return True
-        if not is_patient:
-            busy = [r for r in self._staying if r.state is RunnerState.READY and r.is_local and not r.pinned]
-            self._drain(min(busy, key=lambda r: r.leases, default=None), waiting)
+        busy = [
+            resident
+            for resident in self._staying
+            if resident.state is RunnerState.READY
+            and resident.is_local
+            and not resident.pinned
+            and not self._is_patient(waiting, resident)
+        ]
+        self._drain(min(busy, key=lambda r: r.leases, default=None), waiting)
         return False
 
-    def _refused(self, waiting: Waiting, refusal: Refusal, *, is_patient: bool) -> None:
+    def _refused(self, waiting: Waiting, refusal: Refusal) -> None:
         if not refusal.blockers:
             if not self._freed:  # what leaves now may give back more than is known
                 self.actions.append(Refuse(waiting.model, refusal.message))
             return
         self.waiting_for_room += 1
-        if not is_patient:
-            for resident in [resident for resident in self._staying if resident.model in refusal.blockers]:
-                if resident.state is RunnerState.READY:
-                    self._drain(resident, waiting)
+        for resident in [resident for resident in self._staying if resident.model in refusal.blockers]:
+            if resident.state is RunnerState.READY and not self._is_patient(waiting, resident):
+                self._drain(resident, waiting)
 
     def _evict(self, name: str, waiting: Waiting, placement: Placement | None) -> None:
         if name not in self._going:
@@ -265,28 +382,27 @@ class _House:
 
     def _drain(self, resident: Resident | None, waiting: Waiting) -> None:
         if resident is not None:
-            waited = format_duration(self._facts.now - waiting.since)
-            self.actions.append(Drain(resident.model, f"makes room for {waiting.model}, which waited {waited}"))
+            waited = self._facts.now - waiting.since
+            goes_first = waited < self._facts.max_wait_s
+            why = f"goes first: priority {waiting.priority}" if goes_first else f"waited {format_duration(waited)}"
+            self.actions.append(Drain(resident.model, f"makes room for {waiting.model}, which {why}"))
             self._leave(resident.model)
 
     def _leave(self, name: str) -> None:
         self._going.add(name)
-        self._freed += [_holder(resident, order=-math.inf) for resident in self._staying if resident.model == name]
+        self._freed += [_freed(resident) for resident in self._staying if resident.model == name]
         self._staying = [resident for resident in self._staying if resident.model != name]
 
     def _among(self, names: Sequence[str]) -> list[Holder]:
         return [holder for holder in self._freed if holder.name in names]
 
 
-def _holder(resident: Resident, order: float | None = None) -> Holder:
-    is_going = order is not None
-    return Holder(
-        resident.model,
-        resident.held,
-        evictable=is_going or resident.is_evictable,
-        order=_order(resident)[0] if order is None else order,
-        pinned=resident.pinned and not is_going,
-    )
+def _holder(resident: Resident, *, evictable: bool) -> Holder:
+    return Holder(resident.model, resident.held, evictable, order=_order(resident)[0], pinned=resident.pinned)
+
+
+def _freed(resident: Resident) -> Holder:
+    return Holder(resident.model, resident.held, order=-math.inf)
 
 
 def _order(resident: Resident) -> tuple[float, float]:
@@ -312,7 +428,11 @@ def _fuller(now: Sequence[Device], then: Sequence[Device]) -> tuple[Device, ...]
 
 
 def _wake_at(facts: Facts, leaving: set[str]) -> float:
-    idle = (r for r in facts.residents if r.state is RunnerState.READY and r.waiters == 0 and r.model not in leaving)
-    expiries = (resident.expires for resident in idle)
-    patience = (w.since + facts.max_wait_s for w in facts.waiting if w.since + facts.max_wait_s > facts.now)
-    return min((*expiries, *patience), default=math.inf)
+    idle = [r for r in facts.residents if r.state is RunnerState.READY and r.waiters == 0 and r.model not in leaving]
+    moments = [resident.expires for resident in idle]
+    if facts.waiting:
+        moments += [moment for moment in map(facts.protected_until, idle) if moment > facts.now]
+        moments += [w.since + facts.max_wait_s for w in facts.waiting if w.since + facts.max_wait_s > facts.now]
+    if facts.yields and idle:
+        moments.append(facts.now + _LOOK_AT_OTHERS_S)
+    return min(moments, default=math.inf)

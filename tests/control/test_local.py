@@ -17,7 +17,8 @@ from llamarunner.engines.log_events import Activity, SlotActivity, SlotPhase
 from llamarunner.errors import LoadError, PortTakenError
 from llamarunner.events import EventBus, ProxyChanged, RequestFinished, RequestStarted, RequestTrace, RunnerChanged
 from llamarunner.runners.outlook import Outlook
-from llamarunner.runners.place import Residence
+from llamarunner.runners.place import Place, Residence
+from llamarunner.runners.waiters import Waiters
 from llamarunner.telemetry.gpus import GpuSample
 from llamarunner.telemetry.hardware import HardwareSample, HardwareSampler, HostSample, ProcessSample
 from llamarunner.telemetry.logs import LogBook
@@ -126,7 +127,10 @@ def test_a_hung_engine_is_a_problem_of_its_model() -> None:
 def test_a_pinned_model_never_counts_down() -> None:
     place = residence(runner=LoadedRunner(), idle_left_s=12.0)
     assert model_view(a_model(), place, NO_HARDWARE, None).idle_left_s == 12.0
-    assert model_view(a_model(pin=True), place, NO_HARDWARE, None).idle_left_s == math.inf
+    waiters = Waiters(60)
+    pinned = Place("qwen", a_model(), waiters, pinned=True, runner=LoadedRunner(), idle_since=0.0, keep_alive_s=5)
+    view = model_view(a_model(), pinned.residence(100.0), NO_HARDWARE, None)
+    assert (view.idle_left_s, view.pinned) == (math.inf, True)
 
 
 def test_a_failed_load_is_told_until_the_next() -> None:

@@ -109,6 +109,7 @@ class ScriptedEngine:
     name = "default"
     kind = "llama-server"
     is_local = True
+    is_adjustable = True
 
     def __init__(
         self, script: dict[str, Any], load_timeout_s: float, argv: tuple[str, ...] | None, error: EngineError | None

@@ -31,7 +31,7 @@ class Stage:
         bus.subscribe(lambda event: self.changes.append(event) if isinstance(event, RunnerChanged) else None)
         self.manager = RunnerManager(
             self.engines,
-            SchedulerConfig(**settings),
+            SchedulerConfig(**{"min_residency": 0, **settings}),
             bus=bus,
             guardian=guardian,
             session=session,

@@ -67,11 +67,11 @@ class Stage:
     def __init__(self, guardian: Guardian, session: aiohttp.ClientSession, machine: Machine, folder: Path) -> None:
         self.engines: dict[str, ScriptedEngine] = {}
         self.changes: list[RunnerChanged] = []
-        bus = EventBus()
+        self.bus = bus = EventBus()
         bus.subscribe(lambda event: self.changes.append(event) if isinstance(event, RunnerChanged) else None)
         self.machine, self.footprints = machine, Footprints(folder / "footprints.json")
         self.manager = machine.manager = RunnerManager(
-            self.engines, SchedulerConfig(max_wait=0.3), bus=bus, guardian=guardian, session=session,
+            self.engines, SchedulerConfig(max_wait=0.3, min_residency=0), bus=bus, guardian=guardian, session=session,
             log_for=lambda _: ListLog(), ledger=Ledger(machine, self.footprints),
         )  # fmt: skip
 
@@ -186,7 +186,7 @@ async def test_the_next_load_waits_until_the_memory_is_back(make_stage: Any) -> 
             stage.machine.lag["gpu0"] = used
             asyncio.get_running_loop().call_later(0.3, stage.machine.lag.clear)
 
-    stage.manager._bus.subscribe(late)
+    stage.bus.subscribe(late)
     async with asyncio.timeout(10):
         await use(stage, b)
     assert stage.machine.refreshed > 3, "it looked again and again"
