@@ -141,9 +141,10 @@ class Ledger:
     def expected_load_s(self, place: Place) -> float | None:
         """How long a load took where it lies or last lay, be it of an earlier run of the program; None where nobody
         knows. Looks nothing up on disk."""
-        if place.need is None or not len(self._footprints):
+        need = place.need or self.first_need(place)
+        if need is None or not len(self._footprints):
             return None
-        placement = place.placement or Placement({RAM: place.need.on_cpu()})
+        placement = place.placement or Placement({RAM: need.on_cpu()})
         measured = self._footprints.lookup(key) if (key := self._own_key(place, placement)) else None
         return measured.load_s if measured is not None else None
 

@@ -94,6 +94,8 @@ class Loads:
             self.fail(place, EngineMissingError(f"there is no engine '{model.settings.engine}'"))
             return
         place.placement, place.launched, place.need = placement, model, self._ledger.first_need(place, demand)
+        if place.load_s is None:
+            place.load_s = self._ledger.expected_load_s(place)
         runner = Runner(
             placed(model, placement),
             engine,

@@ -69,7 +69,7 @@ class Place:
     engine_kind: str = ""
     is_local: bool = True  # its engine runs on this machine
     is_second_try: bool = False  # its load ran out of memory, and idle models were unloaded for it
-    load_s: float | None = None  # of the newest load that succeeded
+    load_s: float | None = None  # of the newest load that succeeded, be it of an earlier run of the program
     answer_s: float | None = None  # average time a lease is held, the newest counting most
     strikes: int = 0  # requests in a row that got no answer from it
     ejected_until: float = 0.0  # other replicas are asked instead

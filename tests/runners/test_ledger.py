@@ -18,6 +18,7 @@ from llamarunner.runners.ledger import Ledger, NoGauge
 from llamarunner.runners.memory import estimate
 from llamarunner.runners.place import Place
 from llamarunner.runners.placement import RAM, Device, Placement
+from llamarunner.runners.waiters import Waiters
 
 GIB = 1024**3
 DETAILS = ModelDetails(
@@ -64,6 +65,10 @@ def model() -> Model:
     return Model("m", Path("/m.gguf"), ModelSettings(), DETAILS, size_bytes=4 * GIB)
 
 
+def a_place() -> Place:
+    return Place("m", model(), Waiters(60), engine_kind="llama-server")
+
+
 def ledger(tmp_path: Path, *devices: Device) -> tuple[Ledger, Footprints]:
     footprints = Footprints(tmp_path / "footprints.json")
     return Ledger(Machine(devices), footprints), footprints
@@ -83,7 +88,7 @@ def test_the_engines_tool_is_asked_where_it_could_matter(
     tmp_path: Path, devices: tuple[Device, ...], asked: int
 ) -> None:
     book, _ = ledger(tmp_path, *devices)
-    place, engine = Place(model()), Knowing()
+    place, engine = a_place(), Knowing()
     asyncio.run(book.estimate(place, engine))
     asyncio.run(book.estimate(place, engine))
     assert engine.projected == asked
@@ -98,7 +103,7 @@ def test_the_engines_tool_is_asked_where_it_could_matter(
 
 def test_how_long_a_load_takes_is_known_after_a_restart(tmp_path: Path) -> None:
     book, footprints = ledger(tmp_path)
-    place, engine = Place(model()), Knowing()
+    place, engine = a_place(), Knowing()
     assert book.expected_load_s(place) is None
     asyncio.run(book.estimate(place, engine))
     assert book.expected_load_s(place) is None
@@ -109,8 +114,8 @@ def test_how_long_a_load_takes_is_known_after_a_restart(tmp_path: Path) -> None:
     again = Footprints(tmp_path / "footprints.json")
     again.load()
     book = Ledger(Machine(), again)
-    assert book.expected_load_s(Place(model())) is None  # nothing is known of the model yet
-    asyncio.run(book.estimate(place := Place(model()), engine))
+    assert book.expected_load_s(a_place()) is None  # nothing is known of the model yet
+    asyncio.run(book.estimate(place := a_place(), engine))
     assert book.expected_load_s(place) == 3.0
     place.placement = Placement({"gpu0": 1}, 5, devices=("gpu0",))
     assert book.expected_load_s(place) is None  # there it was never loaded
