@@ -62,6 +62,8 @@ def check_request(body: Mapping[str, Any], struct: str) -> dict[str, Any]:
     _check(present, _REQUEST, struct)
     if "messages" in present:
         present["messages"] = [_message(each, f"{struct}.messages") for each in present["messages"]]
+    if "tools" in present:
+        present["tools"] = [_with_function(each) for each in present["tools"]]
     return present
 
 
@@ -70,7 +72,18 @@ def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     _check(present, _MESSAGE, place)
     if "role" not in present:
         raise RequestError("a message needs a role")
+    if "tool_calls" in present:
+        present["tool_calls"] = [_with_function(each) for each in present["tool_calls"]]
     return present
+
+
+def _with_function(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool or a call of one; what lies in its arguments and parameters is nobody's field and keeps its case."""
+    lower = {name.lower(): value for name, value in entry.items()}
+    function = lower.get("function")
+    if isinstance(function, dict):
+        lower["function"] = {name.lower(): value for name, value in function.items()}
+    return lower
 
 
 def _check(fields: Mapping[str, Any], types: Mapping[str, type], place: str) -> None:
