@@ -66,7 +66,8 @@ def test_the_same_for_generations() -> None:
     [
         ({}, "/v1/chat/completions", None), ({"raw": True}, "/completion", "?"), ({"context": [1]}, "/completion", ""),
         ({"suffix": "s"}, "/infill", ""), ({"template": "<{{ .System }}|{{ .Prompt }}>"}, "/completion", "<|?>"),
-        ({"template": "{{ .System }}", "system": "S"}, "/completion", "S"), ({"raw": True, "suffix": "s"}, "/completion", "?"),
+        ({"template": "{{ .System }}", "system": "S"}, "/completion", "S"),
+        ({"raw": True, "suffix": "s"}, "/completion", "?"),
     ],
 )  # fmt: skip
 def test_which_way_a_prompt_takes(request_: dict[str, Any], path: str, prompt: str | None) -> None:
