@@ -11,7 +11,7 @@ import aiohttp
 
 from llamarunner import paths
 from llamarunner.catalog.catalog import Catalog
-from llamarunner.catalog.stores import discover
+from llamarunner.catalog.stores import Discovery, kept_headers
 from llamarunner.config.load import LoadedConfig
 from llamarunner.config.schema import EngineConfig
 from llamarunner.control.backend import Backend
@@ -62,6 +62,7 @@ class Service:
         self._guardian = Guardian()
         self._engine_list = EngineList(paths.state_dir() / "engines", self._guardian)
         self._hardware = HardwareSampler(self._engine_pids)
+        self._discovery = Discovery(self._config, headers=kept_headers())
         self._catalog = Catalog()
         self._pids: tuple[int, ...] = ()
         self._started_at = time.time()
@@ -105,7 +106,7 @@ class Service:
         """Find the models, and listen. Raises NothingServedError where no proxy can; nothing is left running then."""
         config = self._config
         engines, self._on_disk = await asyncio.gather(
-            asyncio.to_thread(make_engines, config), asyncio.to_thread(discover, config)
+            asyncio.to_thread(make_engines, config), asyncio.to_thread(self._discovery.look)
         )
         self._catalog = self._on_disk
         self._session = upstream_session()
@@ -206,8 +207,8 @@ class Service:
     async def _watch_folders(self) -> None:
         while True:
             await asyncio.sleep(_RESCAN_S)
-            found = await asyncio.to_thread(discover, self._config)
-            if list(found) != list(self._on_disk):
+            found = await asyncio.to_thread(self._discovery.look)
+            if found is not self._on_disk:
                 logger.info("the models on disk changed: %d now", len(found))
                 self._on_disk = found
                 self._merge()
