@@ -149,6 +149,7 @@ class Service:
             settings,
             host=self._config.proxy_host(settings),
             max_body=self._config.server.max_body,
+            request_timeout_s=self._config.server.request_timeout,
             bus=self._bus,
         )
 

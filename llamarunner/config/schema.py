@@ -50,6 +50,8 @@ class ServerConfig(Section):
     """On stop, how long running answers may go on before they are ended."""
     max_body: Size = 64 * 1024**2
     """Largest request body; a larger one is refused with 413."""
+    request_timeout: Annotated[Duration, Field(gt=0)] = 60.0
+    """How long a request's headers may take to arrive, or its body come at under 1 KiB/s. Answers have no limit."""
 
 
 class ProxyConfig(Section):

@@ -17,6 +17,7 @@ from llamarunner.config.schema import ProxyConfig
 from llamarunner.errors import LlamaRunnerError, PortTakenError, RequestError
 from llamarunner.events import EventBus, ProxyChanged
 from llamarunner.ports import holder_of
+from llamarunner.proxies.arrival import WatchedSite, arrival_middleware
 from llamarunner.proxies.dialect import TRACE, Dialect, error_response
 from llamarunner.proxies.guard import Guard, cors_signal, guard_middleware
 
@@ -57,13 +58,23 @@ class ProxyDialect(Dialect, Protocol):
 class HttpProxy:
     """The ProxyServer of a dialect, on aiohttp."""
 
-    def __init__(self, dialect: ProxyDialect, config: ProxyConfig, *, host: str, max_body: int, bus: EventBus) -> None:
+    def __init__(
+        self,
+        dialect: ProxyDialect,
+        config: ProxyConfig,
+        *,
+        host: str,
+        max_body: int,
+        request_timeout_s: float,
+        bus: EventBus,
+    ) -> None:
         self.dialect = dialect
         self.config = config
         self.host = host
         self.port = config.port
         self.problem: LlamaRunnerError | None = None
         self._max_body = max_body
+        self._request_timeout_s = request_timeout_s
         self._bus = bus
         self._runner: web.AppRunner | None = None
 
@@ -96,7 +107,7 @@ class HttpProxy:
         )
         await runner.setup()
         try:
-            site = web.TCPSite(runner, self.host, self.config.port, reuse_address=True, backlog=1024)
+            site = WatchedSite(runner, self.host, self.config.port, timeout_s=self._request_timeout_s)
             await site.start()
         except OSError as error:
             await runner.cleanup()
@@ -138,6 +149,7 @@ class HttpProxy:
         application = web.Application(
             client_max_size=self._max_body,
             middlewares=[
+                arrival_middleware,
                 guard_middleware(guard, self.dialect.refuse_key, self.dialect.open_paths),
                 self._errors_in_dialect(),
             ],
