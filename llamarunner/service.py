@@ -125,7 +125,7 @@ class Service:
         )
         relay = Relay(self._manager, lambda: self._catalog, bus=self._bus, session=self._session)
         self.proxies = [
-            self._proxy(OllamaDialect(relay, self._memory_by_pid)),
+            self._proxy(OllamaDialect(relay, self._memory_by_pid, client_context=config.proxies.ollama.client_num_ctx)),
             self._proxy(LMStudioDialect(relay)),
         ]
         self._backend = LocalBackend(self._sources(self._manager), self._bus)

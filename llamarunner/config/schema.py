@@ -70,8 +70,14 @@ class ProxyConfig(Section):
     """Web origins whose pages may call this proxy from a browser ("https://chat.example"; "*" for any)."""
 
 
+ClientContext = Literal["honour", "grow-only", "ignore"]
+
+
 class OllamaProxyConfig(ProxyConfig):
     port: Port = 11434
+    client_num_ctx: ClientContext = "grow-only"
+    """A client's num_ctx. grow-only: a model with less context is loaded again with as much, and stays so.
+    honour: it is loaded again for less as well, as Ollama does. ignore: the context set for the model counts."""
 
 
 class LMStudioProxyConfig(ProxyConfig):

@@ -190,6 +190,22 @@ async def test_tools_need_a_model_that_has_them(real: Serving) -> None:
     assert (await post(real, "/api/chat", body))[:2] == (400, {"error": "smol does not support tools"})
 
 
+async def test_options_of_the_load_load_again(real: Serving, client: ollama.AsyncClient) -> None:
+    before = len(real.starts)
+    options = {**GREEDY, "num_batch": 64, "use_mmap": False, "num_ctx": 300}
+    for _ in range(2):
+        assert (await client.generate(MODEL, "Hi", options=options)).response
+    await client.generate(MODEL, "Hi", options=GREEDY)
+    assert len(real.starts) == before + 1
+    residence = real.service.manager.residence(MODEL)
+    assert residence is not None
+    assert residence.runner is not None
+    assert residence.runner.plan is not None
+    argv = " ".join(residence.runner.plan.argv)
+    for flag in ("--ctx-size 300", "--batch-size 64", "--ubatch-size 64", "--load-mode none"):
+        assert flag in argv
+
+
 async def test_generation_stops_when_the_client_leaves(real: Serving) -> None:
     body = {"model": MODEL, "prompt": "Count.", "raw": True, "options": {"num_predict": -1, "temperature": 2.0}}
     async with aiohttp.ClientSession(real.ollama) as session:

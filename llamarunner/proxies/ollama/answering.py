@@ -112,7 +112,10 @@ class Answering:
         body: Mapping[str, Any],
     ) -> web.StreamResponse:
         shorten = Shortening(self._relay, model, body, asked, trace)
-        async with self._relay.ask(model, path, orjson.dumps(asked), trace, keep_alive_s=keep, shorten=shorten) as (
+        demand = self._asking.demand(model, body)
+        async with self._relay.ask(
+            model, path, orjson.dumps(asked), trace, keep_alive_s=keep, demand=demand, shorten=shorten
+        ) as (
             upstream,
             lease,
         ):

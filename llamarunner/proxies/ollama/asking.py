@@ -10,14 +10,17 @@ from typing import Any
 from aiohttp import web
 
 from llamarunner.catalog.catalog import Model
+from llamarunner.config.schema import ClientContext
 from llamarunner.events import RequestTrace
 from llamarunner.proxies.body import parse_object, read_body
 from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.ollama.answer import bare_reply
+from llamarunner.proxies.ollama.demands import demand_of
 from llamarunner.proxies.ollama.fields import check_request
 from llamarunner.proxies.ollama.options import unknown
 from llamarunner.proxies.ollama.parameters import keep_alive_s
 from llamarunner.proxies.relay import Relay
+from llamarunner.runners.demand import Demand
 from llamarunner.runners.manager import Lease
 
 logger = logging.getLogger(__name__)
@@ -26,8 +29,9 @@ _MOST_NAMES = 200
 
 
 class Asking:
-    def __init__(self, relay: Relay) -> None:
+    def __init__(self, relay: Relay, client_context: ClientContext) -> None:
         self._relay = relay
+        self._client_context = client_context
         self._told: set[str] = set()  # unknown options that the log has named
 
     def begin(self, body: Mapping[str, Any], trace: RequestTrace) -> tuple[Model, float | None]:
@@ -47,11 +51,15 @@ class Asking:
                 self._told.add(name)
                 logger.warning("a client set the option %s, which is unknown and ignored", name)
 
+    def demand(self, model: Model, body: Mapping[str, Any]) -> Demand:
+        return demand_of(body.get("options") or {}, model.preset.parameters, self._client_context)
+
     @asynccontextmanager
     async def lease(
         self, model: Model, body: Mapping[str, Any], keep: float | None, trace: RequestTrace
     ) -> AsyncIterator[Lease]:
-        async with self._relay.manager.acquire(model, trace, keep_alive_s=keep) as lease:
+        demand = self.demand(model, body)
+        async with self._relay.manager.acquire(model, trace, keep_alive_s=keep, demand=demand) as lease:
             yield lease
 
     async def load(self, model: Model, body: Mapping[str, Any], keep: float | None, trace: RequestTrace) -> None:

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.catalog.gguf import read_header, read_tensors
+from llamarunner.config.schema import ClientContext
 from llamarunner.errors import LlamaRunnerError, ModelFileError, RequestError
 from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.ollama import describe
@@ -35,12 +36,18 @@ class OllamaDialect:
     title = "Ollama"
     open_paths: tuple[str, ...] = ("/", "/api/version")
 
-    def __init__(self, relay: Relay, memory: Callable[[], Mapping[int, tuple[int, int]]]) -> None:
+    def __init__(
+        self,
+        relay: Relay,
+        memory: Callable[[], Mapping[int, tuple[int, int]]],
+        *,
+        client_context: ClientContext = "grow-only",
+    ) -> None:
         """`memory` gives (RAM, GPU) bytes of each engine by its process."""
         self._relay = relay
         self._memory = memory
         self._openai = OllamaOpenAI(relay, self)
-        asking = Asking(relay)
+        asking = Asking(relay, client_context)
         self._answering = Answering(relay, asking)
         self._embedding = Embedding(relay, asking)
 
