@@ -38,6 +38,14 @@ class RequestPhase(StrEnum):
     CANCELLED = "cancelled"  # the client left
 
 
+class PullState(StrEnum):
+    WAITING = "waiting"  # for others to end
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 @dataclass(slots=True)
 class RequestTrace:
     """One request's life, written only by the handler that serves it and read by telemetry.

@@ -11,7 +11,10 @@ import aiohttp
 
 from llamarunner import paths
 from llamarunner.catalog.catalog import Catalog
-from llamarunner.catalog.stores import Discovery, kept_headers
+from llamarunner.catalog.librarian import Librarian
+from llamarunner.catalog.library import Library, library_root
+from llamarunner.catalog.pull import Pulls
+from llamarunner.catalog.stores import discover
 from llamarunner.config.load import LoadedConfig
 from llamarunner.config.schema import EngineConfig
 from llamarunner.control.backend import Backend
@@ -62,13 +65,15 @@ class Service:
         self._guardian = Guardian()
         self._engine_list = EngineList(paths.state_dir() / "engines", self._guardian)
         self._hardware = HardwareSampler(self._engine_pids)
-        self._discovery = Discovery(self._config, headers=kept_headers())
+        self._library = Library(library_root(self._config))
+        self._pulls = Pulls(self._library, self._rescan)
         self._catalog = Catalog()
         self._pids: tuple[int, ...] = ()
         self._started_at = time.time()
         self._stopping = False
         self._watching: list[asyncio.Task[None]] = []
         self._on_disk = Catalog()
+        self._looking = asyncio.Lock()
         self._elsewhere: dict[str, tuple[str, ...]] = {}  # what each remote engine calls its models
         self._instance = InstanceFile()
         self._is_announced = is_announced
@@ -106,7 +111,7 @@ class Service:
         """Find the models, and listen. Raises NothingServedError where no proxy can; nothing is left running then."""
         config = self._config
         engines, self._on_disk = await asyncio.gather(
-            asyncio.to_thread(make_engines, config), asyncio.to_thread(self._discovery.look)
+            asyncio.to_thread(make_engines, config), asyncio.to_thread(discover, config)
         )
         self._catalog = self._on_disk
         self._session = upstream_session()
@@ -124,8 +129,19 @@ class Service:
             ledger=Ledger(HardwareGauge(self._hardware, config.scheduler, self._engine_pids), footprints),
         )
         relay = Relay(self._manager, lambda: self._catalog, bus=self._bus, session=self._session)
+        librarian = Librarian(
+            self._library,
+            self._pulls,
+            catalog=lambda: self._catalog,
+            rescan=self._rescan,
+            expire=self._manager.expire,
+        )
         self.proxies = [
-            self._proxy(OllamaDialect(relay, self._memory_by_pid, client_context=config.proxies.ollama.client_num_ctx)),
+            self._proxy(
+                OllamaDialect(
+                    relay, self._memory_by_pid, librarian, client_context=config.proxies.ollama.client_num_ctx
+                )
+            ),
             self._proxy(LMStudioDialect(relay)),
         ]
         self._backend = LocalBackend(self._sources(self._manager), self._bus)
@@ -133,6 +149,7 @@ class Service:
         await self._start_proxies()
         self._watching = [
             asyncio.create_task(self._watch_folders(), name="watch folders"),
+            asyncio.create_task(self._prune(), name="prune the library"),
             asyncio.create_task(_get_to_know(engines), name="get to know engines"),
         ]
         for name, engine in config.engines.items():
@@ -160,6 +177,7 @@ class Service:
             proxies=self.proxies,
             hardware=self._hardware,
             requests=self._requests,
+            pulls=self._pulls,
             logs=self._logs,
             started_at=self._started_at,
             is_stopping=lambda: self._stopping,
@@ -195,6 +213,7 @@ class Service:
         for task in self._watching:
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
+        await self._pulls.close()
         if self._manager is not None:
             await self._manager.close(self._config.server.drain if drain_s is None else drain_s)
         await asyncio.gather(*(proxy.stop() for proxy in self.proxies))
@@ -208,11 +227,20 @@ class Service:
     async def _watch_folders(self) -> None:
         while True:
             await asyncio.sleep(_RESCAN_S)
-            found = await asyncio.to_thread(self._discovery.look)
-            if found is not self._on_disk:
+            await self._rescan()
+
+    async def _rescan(self) -> None:
+        """See what changed on the disk."""
+        async with self._looking:
+            found = await asyncio.to_thread(discover, self._config)
+            if list(found) != list(self._on_disk):
                 logger.info("the models on disk changed: %d now", len(found))
                 self._on_disk = found
                 self._merge()
+
+    async def _prune(self) -> None:
+        if count := await asyncio.to_thread(self._library.prune):
+            logger.info("%d files that no model needs were removed from %s", count, self._library.root)
 
     async def _watch_remote(self, name: str, engine: EngineConfig) -> None:
         """Keep up with what another server has; while it is out of reach, with what it had."""

@@ -91,14 +91,14 @@ class _Work:
             raise ModelFileError(f"{base.name} cannot run: {base.problem}", hint=base.hint)
         if base.is_remote or not base.path.is_file():
             raise UnsupportedError(f"{base.name} is no file of this machine, so nothing can be made of it")
-        self._link(MODEL, base.path, base.size_bytes, base.name if base.source == "config" else "")
+        self._link(MODEL, base.path, base.name if base.source == "config" else "")
         for media_type, paths in ((PROJECTOR, [base.mmproj] if base.mmproj else []), (ADAPTER, base.adapters)):
             for path in paths:
-                self._link(media_type, path, path.stat().st_size)
+                self._link(media_type, path)
         return base.details
 
-    def _link(self, media_type: str, path: Path, size: int, origin: str = "") -> None:
-        layer = Layer(media_type, _digest_of(path.resolve()), size, origin=origin)
+    def _link(self, media_type: str, path: Path, origin: str = "") -> None:
+        layer = Layer(media_type, _digest_of(path.resolve()), path.stat().st_size, origin=origin)
         self._library.link_blob(path, layer.digest)
         self._take(layer, is_new=False)
 

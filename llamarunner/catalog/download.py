@@ -44,6 +44,7 @@ class Pace:
     retries: int = 6  # without a byte between them
     backoff_s: float = 1.0  # doubles from attempt to attempt
     write_bytes: int = 1024**2  # put on the disk at once
+    write_s: float = 0.25  # or what came in so long
 
 
 class DownloadError(LlamaRunnerError):
@@ -248,19 +249,21 @@ class Download:
         asked = self._origin.blob(self.layer.digest, part.position, end)
         async with asyncio.timeout(stall) as patience, asked as response:
             self._check(response, part, end)
-            buffer = bytearray()
+            loop, buffer = asyncio.get_running_loop(), bytearray()
+            written = loop.time()
             try:
                 while part.left > len(buffer):
                     block = await response.content.readany()
-                    patience.reschedule(asyncio.get_running_loop().time() + stall)
+                    patience.reschedule(loop.time() + stall)
                     if not block:
                         raise aiohttp.ClientPayloadError("the connection ended too soon")
                     buffer += block
-                    if len(buffer) >= self._pace.write_bytes:
+                    if len(buffer) >= self._pace.write_bytes or loop.time() - written >= self._pace.write_s:
                         data, buffer = bytes(buffer[: part.left]), bytearray()
                         patience.reschedule(None)  # a slow disk is no stall
                         await self._put(part, data)
-                        patience.reschedule(asyncio.get_running_loop().time() + stall)
+                        written = loop.time()
+                        patience.reschedule(written + stall)
             finally:
                 if buffer:
                     await self._put(part, bytes(buffer[: part.left]))

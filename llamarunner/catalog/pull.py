@@ -8,10 +8,9 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from llamarunner.catalog.manifests import MODEL, Layer, parse_manifest
 from llamarunner.catalog.names import ModelName
 from llamarunner.catalog.registry import Origin, Registry, download_session
 from llamarunner.errors import LlamaRunnerError, OverloadedError, RequestError, UnsupportedError
+from llamarunner.events import PullState
 from llamarunner.units import format_size
 
 logger = logging.getLogger(__name__)
@@ -58,14 +58,6 @@ class Progress:
         """As Ollama writes it: what is zero is left out."""
         record = {"digest": self.digest, "total": self.total, "completed": self.completed}
         return {"status": self.status} | {key: value for key, value in record.items() if value}
-
-
-class PullState(StrEnum):
-    WAITING = "waiting"  # for others to end
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
 
 
 class Pull:
@@ -170,7 +162,7 @@ class Pulls:
             if not pull.watchers and not pull.is_kept:
                 await self._end(pull)
 
-    async def pull(self, text: str, *, insecure: bool = False) -> AsyncIterator[Progress]:
+    async def pull(self, text: str, *, insecure: bool = False) -> AsyncGenerator[Progress, None]:
         """The progress of this model's pull, as `join` has it."""
         async with self.join(text, insecure=insecure) as pull:
             async for line in pull.progress():

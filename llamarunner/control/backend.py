@@ -32,3 +32,12 @@ class Backend(Protocol):
     async def unload(self, model: str, *, force: bool = False) -> Outcome:
         """Wait for the answers in flight and unload; with `force`, end them. New requests load it again."""
         ...
+
+    async def start_pull(self, model: str) -> Outcome:
+        """Begin to download a model by its name in a registry ("llama3.2:1b", "hf.co/ns/repo"); `Snapshot.pulls` shows
+        how far it is."""
+        ...
+
+    async def cancel_pull(self, model: str) -> Outcome:
+        """End its download; what there is stays for the next one."""
+        ...

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from llamarunner import __version__
 from llamarunner.catalog.catalog import Catalog, Model
+from llamarunner.catalog.pull import Pull, Pulls
 from llamarunner.control.backend import Outcome
 from llamarunner.control.snapshot import (
     GpuView,
@@ -18,6 +19,7 @@ from llamarunner.control.snapshot import (
     LogPage,
     ModelView,
     ProxyView,
+    PullView,
     RequestView,
     RunnerState,
     Snapshot,
@@ -80,6 +82,7 @@ class Sources:
     proxies: Sequence[ProxyState]
     hardware: HardwareSampler
     requests: RequestLog
+    pulls: Pulls
     logs: LogBook
     started_at: float
     is_stopping: Callable[[], bool]
@@ -90,7 +93,8 @@ class Sources:
 class LocalBackend:
     def __init__(self, sources: Sources, bus: EventBus) -> None:
         self._sources = sources
-        self._changes = {"models": 0, "proxies": 0}
+        self._changes = {"models": 0, "proxies": 0, "pulls": 0}
+        self._seen_pulls: tuple[PullView, ...] = ()
         self._seen_catalog: Catalog | None = None
         self._seen_work: list[tuple[str, float | None, tuple[str, ...], float | None]] = []
         bus.subscribe(self._note)
@@ -120,6 +124,10 @@ class LocalBackend:
             self._seen_work = work
             self._changes["models"] += 1
         requests = sources.requests
+        pulls = tuple(pull_view(pull) for pull in sources.pulls.all)
+        if pulls != self._seen_pulls:
+            self._seen_pulls = pulls
+            self._changes["pulls"] += 1
         revisions = {
             **self._changes,
             "hardware": sources.hardware.version,
@@ -138,6 +146,7 @@ class LocalBackend:
             gpus=gpu_views(hardware),
             host=host_view(hardware),
             requests=self._request_views(),
+            pulls=pulls,
             log_sources=sources.logs.sources(),
             tokens_per_s=requests.tokens_per_s(),
             revisions=revisions,
@@ -175,6 +184,22 @@ class LocalBackend:
             return Outcome(False, error.message, error.hint)
         await self._sources.manager.unload(found, force=force)
         return Outcome(True, f"{found.name} is unloaded")
+
+    async def start_pull(self, model: str) -> Outcome:
+        try:
+            pull = self._sources.pulls.start(model)
+        except LlamaRunnerError as error:
+            return Outcome(False, error.message, error.hint)
+        return Outcome(True, f"{pull.name.short} is being downloaded")
+
+    async def cancel_pull(self, model: str) -> Outcome:
+        try:
+            pull = await self._sources.pulls.cancel(model)
+        except LlamaRunnerError as error:
+            return Outcome(False, error.message, error.hint)
+        if pull is None:
+            return Outcome(False, f"{model} is not being downloaded")
+        return Outcome(True, f"the download of {pull.name.short} was cancelled; what there is of it stays")
 
 
 def model_view(model: Model, residence: Residence | None, hardware: HardwareSample, rate: float | None) -> ModelView:
@@ -308,6 +333,21 @@ def request_view(trace: RequestTrace, outlook: Outlook | None = None) -> Request
         position=outlook.position if outlook is not None else None,
         waiting_for=outlook.reason if outlook is not None else "",
         left_s=outlook.left_s if outlook is not None else None,
+    )
+
+
+def pull_view(pull: Pull) -> PullView:
+    rate, left = pull.bytes_per_s, pull.total - pull.completed
+    return PullView(
+        name=pull.name.short,
+        state=pull.state,
+        status=pull.status,
+        completed=pull.completed,
+        total=pull.total,
+        bytes_per_s=rate,
+        left_s=left / rate if rate and pull.total else None,
+        problem=pull.error.message if pull.error is not None else "",
+        hint=pull.error.hint if pull.error is not None else "",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llamarunner.events import RequestPhase, RunnerState
+from llamarunner.events import PullState, RequestPhase, RunnerState
 
 __all__ = [
     "GpuView",
@@ -17,6 +17,8 @@ __all__ = [
     "LogPage",
     "ModelView",
     "ProxyView",
+    "PullState",
+    "PullView",
     "RequestPhase",
     "RequestView",
     "RunnerState",
@@ -133,6 +135,21 @@ class ProxyView:
 
 
 @dataclass(frozen=True, slots=True)
+class PullView:
+    """A model on its way here, or one that has just come or failed to."""
+
+    name: str
+    state: PullState
+    status: str = ""  # "pulling 6a0746a1ec1a", in the words of Ollama's clients
+    completed: int = 0  # bytes
+    total: int = 0  # 0 while unknown
+    bytes_per_s: float | None = None
+    left_s: float | None = None  # at that rate
+    problem: str = ""  # why it failed
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class LogLine:
     number: int  # rises by one within a source, never reused
     at: float
@@ -150,8 +167,9 @@ class LogPage:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """`revisions` counts the changes of each part ("models", "hardware", "requests", "proxies", "logs"): a pane whose
-    number has not moved need not be painted again. Ages and countdowns move with time alone and are not counted."""
+    """`revisions` counts the changes of each part ("models", "hardware", "requests", "proxies", "pulls", "logs"): a
+    pane whose number has not moved need not be painted again. Ages and countdowns move with time alone and are not
+    counted."""
 
     taken_at: float
     version: str  # of LlamaRunner
@@ -164,6 +182,7 @@ class Snapshot:
     gpus: tuple[GpuView, ...] = ()
     host: HostView = field(default_factory=HostView)
     requests: tuple[RequestView, ...] = ()  # live ones first, then finished, newest first; bounded
+    pulls: tuple[PullView, ...] = ()  # those that run first, then those that ended lately, newest first; bounded
     log_sources: tuple[str, ...] = ("llamarunner",)  # the program, then each runner that has a log
     tokens_per_s: float = 0.0  # of all answers being streamed now
     revisions: dict[str, int] = field(default_factory=dict)

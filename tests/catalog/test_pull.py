@@ -22,8 +22,9 @@ from llamarunner.catalog.download import Pace
 from llamarunner.catalog.library import Library
 from llamarunner.catalog.manifests import ManifestError
 from llamarunner.catalog.names import InvalidNameError, ModelName
-from llamarunner.catalog.pull import Progress, Pull, Pulls, PullState
+from llamarunner.catalog.pull import Progress, Pull, Pulls
 from llamarunner.errors import LlamaRunnerError, OverloadedError, RequestError
+from llamarunner.events import PullState
 
 BIG = bytes(range(256)) * 1024  # 256 KiB
 PACE = Pace(

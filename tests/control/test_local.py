@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from llamarunner.catalog.catalog import Catalog, Model
+from llamarunner.catalog.library import Library
+from llamarunner.catalog.pull import Pulls
 from llamarunner.config.schema import ModelSettings
 from llamarunner.control.local import LocalBackend, Sources, gpu_views, model_view, request_view
 from llamarunner.control.snapshot import RequestPhase, RunnerState
@@ -29,6 +31,13 @@ NO_HARDWARE = HardwareSample(taken=0.0)
 
 def a_model(**more: Any) -> Model:
     return Model("qwen", Path("/models/qwen.gguf"), ModelSettings(pin=more.pop("pin", False)), **more)
+
+
+def no_pulls() -> Pulls:
+    async def changed() -> None:
+        raise AssertionError("nothing was pulled")
+
+    return Pulls(Library(Path("/nonexistent")), changed)
 
 
 class LoadedRunner:
@@ -189,6 +198,7 @@ def test_a_snapshot_holds_all_of_it_and_counts_changes() -> None:
         proxies=[Proxy()],
         hardware=HardwareSampler(tuple),
         requests=requests,
+        pulls=no_pulls(),
         logs=logs,
         started_at=1.0,
         is_stopping=lambda: False,
@@ -232,6 +242,7 @@ def test_progress_and_activity_count_as_changes_of_the_models() -> None:
         proxies=[],
         hardware=HardwareSampler(tuple),
         requests=RequestLog(bus),
+        pulls=no_pulls(),
         logs=LogBook(None),
         started_at=1.0,
         is_stopping=lambda: False,
@@ -260,6 +271,7 @@ async def test_commands_on_unknown_models_are_told() -> None:
         proxies=[],
         hardware=HardwareSampler(tuple),
         requests=RequestLog(bus),
+        pulls=no_pulls(),
         logs=LogBook(None),
         started_at=1.0,
         is_stopping=lambda: False,

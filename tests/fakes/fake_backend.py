@@ -25,6 +25,8 @@ from llamarunner.control.snapshot import (
     LogPage,
     ModelView,
     ProxyView,
+    PullState,
+    PullView,
     RequestPhase,
     RequestView,
     RunnerState,
@@ -232,6 +234,24 @@ class FakeBackend:
             return self.answer
         self.change(model, state=RunnerState.STOPPED, in_flight=0, slots=None, idle_left_s=None)
         return Outcome(True, "unloaded")
+
+    async def start_pull(self, model: str) -> Outcome:
+        self.commands.append(("pull", model))
+        if self.answer is not None:
+            return self.answer
+        pulls = (PullView(model, PullState.RUNNING, "pulling manifest"), *self.current.pulls)
+        self.current = replace(self.current, pulls=pulls)
+        return Outcome(True, f"{model} is being downloaded")
+
+    async def cancel_pull(self, model: str) -> Outcome:
+        self.commands.append(("cancel pull", model))
+        if self.answer is not None:
+            return self.answer
+        pulls = tuple(
+            replace(pull, state=PullState.CANCELLED) if pull.name == model else pull for pull in self.current.pulls
+        )
+        self.current = replace(self.current, pulls=pulls)
+        return Outcome(True, f"the download of {model} was cancelled")
 
 
 def live(snapshot: Snapshot, step: int) -> Snapshot:

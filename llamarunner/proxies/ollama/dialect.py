@@ -11,6 +11,7 @@ from aiohttp import web
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.catalog.gguf import read_header, read_tensors
+from llamarunner.catalog.librarian import Librarian
 from llamarunner.config.schema import ClientContext
 from llamarunner.errors import LlamaRunnerError, ModelFileError, RequestError
 from llamarunner.proxies.dialect import json_response
@@ -20,6 +21,7 @@ from llamarunner.proxies.ollama.asking import Asking, read_fields
 from llamarunner.proxies.ollama.cloud import cloud_routes
 from llamarunner.proxies.ollama.embedding import Embedding
 from llamarunner.proxies.ollama.errors import error_body
+from llamarunner.proxies.ollama.library import LibraryRoutes
 from llamarunner.proxies.ollama.openai import OllamaOpenAI
 from llamarunner.proxies.ollama.show import Files, show
 from llamarunner.proxies.proxy import route
@@ -40,6 +42,7 @@ class OllamaDialect:
         self,
         relay: Relay,
         memory: Callable[[], Mapping[int, tuple[int, int]]],
+        librarian: Librarian,
         *,
         client_context: ClientContext = "grow-only",
     ) -> None:
@@ -47,6 +50,7 @@ class OllamaDialect:
         self._relay = relay
         self._memory = memory
         self._openai = OllamaOpenAI(relay, self)
+        self._library = LibraryRoutes(relay, self, librarian)
         asking = Asking(relay, client_context)
         self._answering = Answering(relay, asking)
         self._embedding = Embedding(relay, asking)
@@ -63,6 +67,7 @@ class OllamaDialect:
             *route("POST", "/api/generate", traced(self, self._answering.generate)),
             *route("POST", "/api/embed", traced(self, self._embedding.embed)),
             *route("POST", "/api/embeddings", traced(self, self._embedding.embeddings)),
+            *self._library.routes(),
             *cloud_routes(),
             *self._openai.routes(),
         ]

@@ -33,6 +33,14 @@ _REQUEST: Mapping[str, type] = {
     "height": int,
     "steps": int,
     "_debug_render_only": bool,
+    "insecure": bool,
+    "source": str,
+    "destination": str,
+    "from": str,
+    "files": dict,
+    "adapters": dict,
+    "parameters": dict,
+    "quantize": str,
 }
 _MESSAGE: Mapping[str, type] = {
     "role": str,
