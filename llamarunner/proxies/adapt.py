@@ -13,6 +13,7 @@ from llamarunner.errors import UnsupportedError
 _TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
 _LLAMA_CPP_FIELDS = ("cache_prompt", "n_keep", "repeat_last_n", "typical_p", "embd_normalize")
 """Ours to llama-server; servers that check their fields refuse them."""
+_WITH_STREAM_OPTIONS = ("/v1/chat/completions", "/v1/completions")
 
 
 def adapt(body: bytes, path: str, plan: LaunchPlan) -> tuple[bytes, str]:
@@ -28,7 +29,7 @@ def adapt(body: bytes, path: str, plan: LaunchPlan) -> tuple[bytes, str]:
     if plan.served_model:
         fields["model"] = plan.served_model
     if not plan.is_llama_cpp:
-        _plain(fields)
+        _plain(fields, path)
     return orjson.dumps(fields), stripped
 
 
@@ -37,10 +38,10 @@ def _without_tools(fields: dict[str, Any]) -> str:
     return "tools" if found else ""
 
 
-def _plain(fields: dict[str, Any]) -> None:
+def _plain(fields: dict[str, Any], path: str) -> None:
     for name in _LLAMA_CPP_FIELDS:
         fields.pop(name, None)
     if fields.get("seed") == -1:  # llama.cpp's word for a random one
         del fields["seed"]
-    if fields.get("stream") is True:
+    if fields.get("stream") is True and path in _WITH_STREAM_OPTIONS:
         fields.setdefault("stream_options", {"include_usage": True})  # there are no timings to tell the tokens

@@ -10,6 +10,9 @@ from aiohttp import web
 from llamarunner.errors import BodyTooLargeError, RequestError
 from llamarunner.units import format_size
 
+UNREAD = web.RequestKey("unread", bool)
+"""A request whose body was not read to its end: its connection must be closed."""
+
 
 class QuotingError(RequestError):
     """`message` quotes the request, for the client alone; `summary` quotes nobody, and may be kept."""
@@ -20,14 +23,27 @@ class QuotingError(RequestError):
 
 
 async def read_body(request: web.Request) -> bytes:
-    """The whole body. One that says it is too large is refused unread; one that turns out so, as soon as it has."""
+    """The whole body, unpacked. One that says it is too large is refused unread; one that turns out so, as soon as it
+    has."""
     limit = request.client_max_size
     if (request.content_length or 0) > limit:
         raise _too_large(limit)
     try:
         return await request.read()
     except web.HTTPRequestEntityTooLarge:
+        if "Content-Encoding" in request.headers:
+            _leave_unread(request)  # nobody knows how much more is packed in there
         raise _too_large(limit) from None
+    except web.RequestPayloadError as error:
+        _leave_unread(request)
+        encoding = request.headers.get("Content-Encoding", "")
+        raise RequestError(f"the request body is broken{encoding and f', or not packed as {encoding}'}") from error
+
+
+def _leave_unread(request: web.Request) -> None:
+    """What aiohttp would read on after the answer, to keep the connection."""
+    request[UNREAD] = True
+    request.content.feed_eof()
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

@@ -1,37 +1,32 @@
-"""/v1/*: OpenAI's API, which both ports offer. llama-server speaks it, so requests and answers pass through as bytes.
+"""/v1/*: OpenAI's API and Anthropic's, which both ports offer. llama-server speaks them, so requests and answers pass
+through as bytes.
 
-What differs between the ports (how models are listed, the words of errors, defaults) is in their subclasses.
+What differs between the ports (how models are listed, the words of errors, defaults) is in their subclasses; what is
+peculiar to one API, in `responses`, `messages` and `detour`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 from aiohttp import web
 
 from llamarunner.catalog.catalog import Capability, Model
-from llamarunner.errors import LlamaRunnerError, RequestError, UnsupportedError
+from llamarunner.errors import EngineRefusalError, RequestError, UnsupportedError
 from llamarunner.events import RequestTrace
-from llamarunner.proxies.body import json_kind, parse_object, read_body
+from llamarunner.proxies.body import QuotingError, json_kind, parse_object, read_body
+from llamarunner.proxies.detour import Detour, dimensions_detour, infill_detour
 from llamarunner.proxies.dialect import Dialect, json_response
+from llamarunner.proxies.messages import amend_messages, check_counted_body, check_messages_body
 from llamarunner.proxies.openai_body import check_messages, check_tools
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
+from llamarunner.proxies.responses import ResponseEvents, check_responses_body
 
-_KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "invalid_request_error",
-}
-
-
-def openai_error(error: LlamaRunnerError, message: str, *, code: str | None = None) -> dict[str, Any]:
-    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+_NO_SUCH_ROUTE = (404, 405, 501)
 
 
 class OpenAIRoutes(ABC):
@@ -43,9 +38,12 @@ class OpenAIRoutes(ABC):
         return [
             *route("GET", "/v1/models", self._list),
             web.get("/v1/models/{model:.+}", self._retrieve),
-            *route("POST", "/v1/chat/completions", self._traced("/v1/chat/completions", self.check_chat)),
-            *route("POST", "/v1/completions", self._traced("/v1/completions", self.check_completion)),
-            *route("POST", "/v1/embeddings", self._traced("/v1/embeddings", self.check_embeddings)),
+            *self._post("/v1/chat/completions", self.check_chat),
+            *self._post("/v1/completions", self.check_completion, detour=infill_detour),
+            *self._post("/v1/embeddings", self.check_embeddings, detour=dimensions_detour),
+            *self._post("/v1/responses", self.check_responses, amend=ResponseEvents),
+            *self._post("/v1/messages", self.check_messages, amend=lambda: amend_messages),
+            *self._post("/v1/messages/count_tokens", self.check_counted, amend=lambda: amend_messages),
         ]
 
     @abstractmethod
@@ -82,8 +80,7 @@ class OpenAIRoutes(ABC):
 
     def check_chat(self, body: dict[str, Any], model: Model) -> bool:
         """Raise RequestError for what the engine must not see; True where `body` was changed."""
-        if model.is_embedding_only:
-            raise UnsupportedError(f'"{model.name}" does not support chat')
+        require_chat(model)
         check_messages(body.get("messages"), model)
         if body.get("tools") is not None:
             check_tools(body["tools"])
@@ -98,6 +95,18 @@ class OpenAIRoutes(ABC):
         require_embeddings(model)
         return False
 
+    def check_responses(self, body: dict[str, Any], model: Model) -> bool:
+        require_chat(model)
+        return check_responses_body(body, model)
+
+    def check_messages(self, body: dict[str, Any], model: Model) -> bool:
+        require_chat(model)
+        return check_messages_body(body, model)
+
+    def check_counted(self, body: dict[str, Any], model: Model) -> bool:
+        require_chat(model)
+        return check_counted_body(body, model)
+
     async def _list(self, request: web.Request) -> web.Response:
         """Another LlamaRunner is told of our own models alone: two that use each other would list them in a circle."""
         is_one_of_us = request.headers.get("User-Agent", "").startswith("llamarunner/")
@@ -110,19 +119,41 @@ class OpenAIRoutes(ABC):
         model = self._relay.catalog.find(request.match_info["model"].rstrip("/"))
         return json_response(self.model_record(model))
 
-    def _traced(
-        self, path: str, check: Callable[[dict[str, Any], Model], bool]
-    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _post(
+        self,
+        path: str,
+        check: Callable[[dict[str, Any], Model], bool],
+        *,
+        detour: Callable[[dict[str, Any], Model], Detour | None] = lambda _body, _model: None,
+        amend: Callable[[], Callable[[bytes], bytes]] | None = None,
+    ) -> list[web.RouteDef]:
+        """The route of one API. `amend` makes, for each answer, what changes it, in place of the dialect's own."""
+
         async def forward(request: web.Request, trace: RequestTrace) -> web.StreamResponse:
             raw = await read_body(request)
             body = parse_object(raw)
             model = self.begin(body, trace)
             if check(body, model):
                 raw = orjson.dumps(body)
-            async with self._relay.ask(model, path, raw, trace, keep_alive_s=self.keep_alive(body)) as (upstream, _):
-                return await self._relay.pass_through(request, upstream, trace, self._dialect, self.amend)
+            change = self.amend if amend is None else amend()
+            asked_path = path
+            if other := detour(body, model):
+                asked_path, raw, change = other.path, orjson.dumps(other.body), other.amend
+            keep = self.keep_alive(body)
+            try:
+                async with self._relay.ask(model, asked_path, raw, trace, keep_alive_s=keep) as (upstream, _):
+                    return await self._relay.pass_through(request, upstream, trace, self._dialect, change)
+            except EngineRefusalError as refusal:
+                if refusal.status in _NO_SUCH_ROUTE and amend is not None:
+                    raise _not_served(model, path, refusal) from refusal
+                raise
 
-        return self._relay.traced(self._dialect, forward)
+        return route("POST", path, self._relay.traced(self._dialect, forward))
+
+
+def require_chat(model: Model) -> None:
+    if model.is_embedding_only:
+        raise UnsupportedError(f'"{model.name}" does not support chat')
 
 
 def require_embeddings(model: Model) -> None:
@@ -131,3 +162,8 @@ def require_embeddings(model: Model) -> None:
         raise UnsupportedError(
             f"{model.name} does not support embeddings", hint="set `embeddings = true` for it in config.toml"
         )
+
+
+def _not_served(model: Model, path: str, refusal: EngineRefusalError) -> QuotingError:
+    summary = f"the engine of {model.name} does not serve {path}"
+    return QuotingError(f"{summary}, use /v1/chat/completions instead (it says: {refusal})", summary=summary)

@@ -18,66 +18,72 @@ _MEDIA: Mapping[str, Capability] = {"image_url": Capability.VISION, "input_audio
 
 
 def check_messages(messages: object, model: Model) -> None:
-    for index, message in enumerate(_expect(messages, list, "messages")):
+    for index, message in enumerate(expect(messages, list, "messages")):
         place = f"messages[{index}]"
-        _expect(message, dict, place)
-        _expect(message.get("role"), str, f"{place}.role")
+        expect(message, dict, place)
+        expect(message.get("role"), str, f"{place}.role")
         for name in _TEXTS:
             if message.get(name) is not None:
-                _expect(message[name], str, f"{place}.{name}")
+                expect(message[name], str, f"{place}.{name}")
         content = message.get("content")
         if isinstance(content, list):
             for number, part in enumerate(content):
                 _check_part(part, f"{place}.content[{number}]", model)
         elif content is not None:
-            _expect(content, str, f"{place}.content", "a string or an array")
-        for number, call in enumerate(_expect(message.get("tool_calls") or [], list, f"{place}.tool_calls")):
+            expect(content, str, f"{place}.content", "a string or an array")
+        for number, call in enumerate(expect(message.get("tool_calls") or [], list, f"{place}.tool_calls")):
             _check_call(call, f"{place}.tool_calls[{number}]")
 
 
 def check_tools(tools: object) -> None:
-    for index, tool in enumerate(_expect(tools, list, "tools")):
+    for index, tool in enumerate(expect(tools, list, "tools")):
         place = f"tools[{index}]"
-        if _expect(tool, dict, place).get("type") != "function":
+        if expect(tool, dict, place).get("type") != "function":
             raise RequestError(f'{place}.type must be "function"')
-        function = _expect(tool.get("function"), dict, f"{place}.function")
-        _expect(function.get("name"), str, f"{place}.function.name")
+        function = expect(tool.get("function"), dict, f"{place}.function")
+        expect(function.get("name"), str, f"{place}.function.name")
         if function.get("description") is not None:
-            _expect(function["description"], str, f"{place}.function.description")
+            expect(function["description"], str, f"{place}.function.description")
         if function.get("parameters") is not None:
-            _expect(function["parameters"], dict, f"{place}.function.parameters")
+            expect(function["parameters"], dict, f"{place}.function.parameters")
 
 
 def _check_part(part: object, place: str, model: Model) -> None:
-    fields = _expect(part, dict, place)
-    kind = _expect(fields.get("type"), str, f"{place}.type")
+    fields = expect(part, dict, place)
+    kind = expect(fields.get("type"), str, f"{place}.type")
     if kind == "text":
-        _expect(fields.get("text"), str, f"{place}.text")
+        expect(fields.get("text"), str, f"{place}.text")
     elif kind in _MEDIA:
-        if _MEDIA[kind] not in model.capabilities:
-            raise UnsupportedError(f"{model.name} does not support {_MEDIA[kind]}")
-        media = _expect(fields.get(kind), dict, f"{place}.{kind}")
-        if kind == "image_url" and not _expect(media.get("url"), str, f"{place}.{kind}.url").startswith("data:"):
-            raise RequestError("image URLs are not currently supported, please use base64 encoded data instead")
+        media = expect(fields.get(kind), dict, f"{place}.{kind}")
+        check_media(kind, media.get("url"), f"{place}.{kind}.url", model)
     else:
         raise RequestError(f'{place}.type must be "text", "image_url" or "input_audio"')
 
 
+def check_media(kind: str, url: object, place: str, model: Model) -> None:
+    """`url` counts for pictures alone."""
+    if _MEDIA[kind] not in model.capabilities:
+        raise UnsupportedError(f"{model.name} does not support {_MEDIA[kind]}")
+    if kind == "image_url" and not expect(url, str, place).startswith("data:"):
+        raise RequestError("image URLs are not currently supported, please use base64 encoded data instead")
+
+
 def _check_call(call: object, place: str) -> None:
-    fields = _expect(call, dict, place)
+    fields = expect(call, dict, place)
     if fields.get("type") != "function":
         raise RequestError(f'{place}.type must be "function"')
-    function = _expect(fields.get("function"), dict, f"{place}.function")
-    _expect(function.get("name"), str, f"{place}.function.name")
-    _expect(function.get("arguments"), str, f"{place}.function.arguments")
+    function = expect(fields.get("function"), dict, f"{place}.function")
+    expect(function.get("name"), str, f"{place}.function.name")
+    expect(function.get("arguments"), str, f"{place}.function.arguments")
     if fields.get("id") is not None:
-        _expect(fields["id"], str, f"{place}.id")
+        expect(fields["id"], str, f"{place}.id")
 
 
 _NAMES: Mapping[type, str] = {str: "a string", list: "an array", dict: "an object"}
 
 
-def _expect(value: Any, wanted: type, place: str, words: str = "") -> Any:
+def expect(value: Any, wanted: type, place: str, words: str = "") -> Any:
+    """`value`, if it is of the type wanted. Raises RequestError."""
     if not isinstance(value, wanted):
         raise RequestError(f"{place} must be {words or _NAMES[wanted]}, not {json_kind(value)}")
     return value

@@ -18,6 +18,7 @@ from llamarunner.errors import LlamaRunnerError, PortTakenError, RequestError
 from llamarunner.events import EventBus, ProxyChanged
 from llamarunner.ports import holder_of
 from llamarunner.proxies.arrival import WatchedSite, arrival_middleware
+from llamarunner.proxies.body import UNREAD
 from llamarunner.proxies.dialect import TRACE, Dialect, error_response
 from llamarunner.proxies.guard import Guard, cors_signal, guard_middleware
 
@@ -161,6 +162,12 @@ class HttpProxy:
 
     def _errors_in_dialect(self) -> Middleware:
         @web.middleware
+        async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+            response = await translate(request, handler)
+            if request.get(UNREAD):
+                response.force_close()
+            return response
+
         async def translate(request: web.Request, handler: Handler) -> web.StreamResponse:
             try:
                 return await handler(request)
@@ -179,7 +186,7 @@ class HttpProxy:
                 unforeseen = LlamaRunnerError("internal error", hint="the log has the details")
                 return error_response(self.dialect, unforeseen, request.path)
 
-        return translate
+        return answer
 
     def _refused(self, request: web.Request, refusal: web.HTTPException) -> web.StreamResponse:
         error = UnknownRouteError(request.method, request.path, refusal.status, refusal.reason)

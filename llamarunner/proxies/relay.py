@@ -229,11 +229,12 @@ class Relay:
                 if trace.first_byte is None and b'"content":null' not in block:
                     trace.first_byte = time.monotonic()
                 trace.output_tokens = (trace.output_tokens or 0) + block.count(b"data: {")
-                tail.append(block)
-                tail_bytes += len(block)
+                amended = amend(lines.feed(block))
+                tail.append(amended)
+                tail_bytes += len(amended)
                 while tail_bytes - len(tail[0]) >= _TAIL_BYTES:
                     tail_bytes -= len(tail.popleft())
-                await stream.write(amend(lines.feed(block)))
+                await stream.write(amended)
         except EngineGoneError as error:
             await stream.fail(error)
         _note_last_events(trace, b"".join(tail))
@@ -295,5 +296,5 @@ def _note_last_events(trace: RequestTrace, tail: bytes) -> None:
                 logger.debug("an event of %s bytes could not be read for its figures", len(line))
                 continue
             note_figures(trace, event)
-            if "error" in event:
+            if "error" in event or event.get("type") == "error":
                 trace.error = trace.error or "the engine reported an error"

@@ -37,8 +37,10 @@ class EventStream:
         if not self._response.prepared:
             raise error
         self._trace.error = loggable(error)
-        body = orjson.dumps(self._dialect.stream_error(error, self._request.path))
-        await self.write(b"\ndata: " + body + b"\n\n")  # the empty line ends an event that may have been cut short
+        body = self._dialect.stream_error(error, self._request.path)
+        name = b"event: error\n" if isinstance(body, dict) and body.get("type") == "error" else b""
+        # the empty line ends an event that may have been cut short
+        await self.write(b"\n" + name + b"data: " + orjson.dumps(body) + b"\n\n")
 
     async def end(self) -> web.StreamResponse:
         if not self._response.prepared:

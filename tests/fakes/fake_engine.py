@@ -52,7 +52,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fake_engine_shapes import Chat, Text  # beside this script, which is run by its path
+from fake_engine_shapes import Chat, shape_for  # beside this script, which is run by its path
 
 PUBLIC = {"/", "/health", "/v1/health", "/models", "/v1/models"}
 HELP_FLAGS = """
@@ -206,9 +206,19 @@ class FakeEngine:
             case "/apply-template":
                 turns = [f"<|{turn['role']}|>{turn.get('content', '')}" for turn in fields.get("messages", [])]
                 return self.json({"prompt": "\n".join([*turns, "<|assistant|>"])})
+            case "/v1/messages/count_tokens":
+                return self.json({"input_tokens": len(fields["messages"])})
             case "/v1/embeddings" | "/embeddings" | "/embedding":
                 return self.embeddings(fields)
-            case "/v1/chat/completions" | "/chat/completions" | "/v1/completions" | "/completion" | "/infill":
+            case (
+                "/v1/chat/completions"
+                | "/chat/completions"
+                | "/v1/completions"
+                | "/completion"
+                | "/infill"
+                | "/v1/responses"
+                | "/v1/messages"
+            ):
                 self.busy += 1
                 try:
                     return await self.generate(request, fields, script, progress)
@@ -221,7 +231,7 @@ class FakeEngine:
 
         if wanted := script.get("http_error"):
             return self.json(wanted.get("body", ""), wanted["status"])
-        shape = Chat(self.model) if "chat" in request.path else Text(self.model, request.path)
+        shape = shape_for(request.path, self.model)
         if await self.fault(request, script, "prompt"):
             return web.Response()
         for line in script.get("prompt_log", []):
@@ -317,7 +327,8 @@ class FakeEngine:
     async def send(response: Any, events: list[dict[str, Any] | str]) -> None:
         for event in events:
             text = event if isinstance(event, str) else json.dumps(event, separators=(",", ":"), ensure_ascii=False)
-            await response.write(f"data: {text}\n\n".encode())
+            prefix = "" if text.startswith("event: ") else "data: "
+            await response.write(f"{prefix}{text}\n\n".encode())
 
     @staticmethod
     def json(value: Any, status: int = 200) -> Any:

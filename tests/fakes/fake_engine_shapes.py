@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from typing import Any
@@ -91,3 +92,100 @@ class Text(Shape):
 
 def joined(pieces: list[tuple[str, str]], kind: str) -> str:
     return "".join(text for of, text in pieces if of == kind)
+
+
+class Named(Shape):
+    """Events with names: `/v1/responses` and `/v1/messages`."""
+
+    def named(self, event: dict[str, Any]) -> str:
+        return f"event: {event['type']}\ndata: {json.dumps(event, separators=(',', ':'))}"
+
+
+class Responses(Named):
+    def __init__(self, model: str) -> None:
+        super().__init__(model)
+        self.text = ""
+        self.item = {"content": [], "id": "msg_1", "role": "assistant", "status": "in_progress", "type": "message"}
+
+    def event(self, kind: str, **fields: Any) -> str:
+        return self.named({"type": f"response.{kind}", **fields})
+
+    def first(self) -> list[dict[str, Any] | str]:
+        begun = {"id": "resp_1", "object": "response", "status": "in_progress"}
+        return [
+            self.event("created", response=begun), self.event("in_progress", response=begun),
+            self.event("output_item.added", item=self.item),
+            self.event("content_part.added", item_id="msg_1", part={"type": "output_text", "text": ""}),
+        ]  # fmt: skip
+
+    def delta(self, kind: str, text: str) -> str:
+        self.text += text
+        return self.event("output_text.delta", item_id="msg_1", delta=text)
+
+    def last(self, calls: Any, finish: str, usage: Any, timings: Any, include_usage: bool) -> list[Any]:
+        part = {"type": "output_text", "annotations": [], "logprobs": [], "text": self.text}
+        item = {**self.item, "status": "completed", "content": [part]}
+        return [
+            self.event("output_text.done", item_id="msg_1", text=self.text),
+            self.event("content_part.done", item_id="msg_1", part=part),
+            self.event("output_item.done", item=item),
+            self.event("completed", response=self.response([item], usage), timings=timings),
+        ]  # fmt: skip
+
+    def whole(self, pieces: Any, calls: Any, finish: str, usage: Any, timings: Any) -> dict[str, Any]:
+        part = {"type": "output_text", "annotations": [], "logprobs": [], "text": joined(pieces, "content")}
+        return self.response([{**self.item, "status": "completed", "content": [part]}], usage)
+
+    def response(self, output: list[Any], usage: Any) -> dict[str, Any]:
+        counted = {
+            "input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
+            "total_tokens": usage["total_tokens"], "input_tokens_details": usage["prompt_tokens_details"],
+        }  # fmt: skip
+        ended = {"id": "resp_1", "object": "response", "created_at": self.base["created"], "status": "completed"}
+        return {**ended, "model": self.base["model"], "output": output, "usage": counted}
+
+
+class Messages(Named):
+    def first(self) -> list[dict[str, Any] | str]:
+        message = {**self.message([], None), "usage": {"cache_read_input_tokens": 3, "input_tokens": 4}}
+        block = {"type": "text", "text": ""}
+        return [
+            self.named({"type": "message_start", "message": message}),
+            self.named({"type": "content_block_start", "index": 0, "content_block": block}),
+        ]
+
+    def delta(self, kind: str, text: str) -> str:
+        return self.named({"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}})
+
+    def last(self, calls: Any, finish: str, usage: Any, timings: Any, include_usage: bool) -> list[Any]:
+        delta = {"stop_reason": STOP_REASONS[finish], "stop_sequence": None}
+        counted = {"output_tokens": usage["completion_tokens"]}
+        return [
+            self.named({"type": "content_block_stop", "index": 0}),
+            self.named({"type": "message_delta", "delta": delta, "usage": counted}),
+            self.named({"type": "message_stop"}),
+        ]
+
+    def whole(self, pieces: Any, calls: Any, finish: str, usage: Any, timings: Any) -> dict[str, Any]:
+        content = [{"type": "text", "text": joined(pieces, "content")}]
+        counted = {"cache_read_input_tokens": 3, "input_tokens": 4, "output_tokens": usage["completion_tokens"]}
+        return {**self.message(content, STOP_REASONS[finish]), "usage": counted}
+
+    def message(self, content: list[Any], reason: str | None) -> dict[str, Any]:
+        named = {"id": self.base["id"], "type": "message", "role": "assistant", "model": self.base["model"]}
+        return {**named, "content": content, "stop_reason": reason, "stop_sequence": None}
+
+
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+def shape_for(path: str, model: str) -> Any:
+    match path:
+        case "/v1/responses":
+            return Responses(model)
+        case "/v1/messages":
+            return Messages(model)
+        case "/v1/chat/completions" | "/chat/completions":
+            return Chat(model)
+        case _:
+            return Text(model, path)

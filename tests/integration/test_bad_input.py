@@ -36,7 +36,8 @@ GENERATING = {
     ],
     "lmstudio": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/api/v0/chat/completions"],
 }
-POSTED = [(base, path) for base, paths in GENERATING.items() for path in paths] + [("ollama", "/api/show")]
+NAMED = ["/v1/responses", "/v1/messages", "/v1/messages/count_tokens"]  # on both ports
+POSTED = [(base, path) for base, paths in GENERATING.items() for path in [*paths, *NAMED]] + [("ollama", "/api/show")]
 HI = [{"role": "user", "content": "Hi"}]
 
 
@@ -139,6 +140,22 @@ async def test_what_is_no_json_object(served: Serving, base: str, path: str, bod
         ("ollama", "/v1/chat/completions", {"model": "smol", "messages": []}, 400, "[] is too short - 'messages'"),
         ("ollama", "/v1/chat/completions", {"messages": HI}, 400, "model is required"),
         ("ollama", "/v1/chat/completions", {"model": ["smol"]}, 400, "model must be a string, not array"),
+        ("ollama", "/v1/chat/completions", {"model": "smol", "messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]}]},
+         400, "smol does not support vision"),
+        ("ollama", "/v1/chat/completions", {"model": "smol", "messages": HI, "reasoning_effort": "hard"},
+         400, 'invalid reasoning value: "hard" (must be "high", "medium", "low", "max", or "none")'),
+        ("ollama", "/v1/completions", {"model": "smol", "prompt": "x", "suffix": "y"},
+         400, "smol does not support insert"),
+        ("ollama", "/v1/embeddings", {"model": "smol", "input": "x", "dimensions": 0},
+         400, "dimensions must be a positive number"),
+        ("ollama", "/v1/responses", {"model": "smol"}, 400, "input must be a string or an array, not null"),
+        ("ollama", "/v1/responses", {"model": "smol", "input": [5]}, 400, "input[0] must be an object, not number"),
+        ("ollama", "/v1/responses",
+         {"model": "smol", "input": [{"role": "user", "content": [{"type": "input_image"}]}]}, 400,
+         "smol does not support vision"),
+        ("ollama", "/v1/responses", {"model": "smol", "input": "x", "previous_response_id": "resp_1"},
+         400, "previous_response_id is not supported: no answers are kept (send the whole `input`)"),
         ("lmstudio", "/v1/chat/completions", {"model": "smol"}, 400, "'messages' field is required"),
         ("lmstudio", "/api/v0/chat/completions", {"model": "smol"}, 400, "'messages' field is required"),
         ("lmstudio", "/v1/completions", {"model": "smol"}, 400, "'prompt' field is required"),
@@ -185,6 +202,7 @@ JSON = st.recursive(
 FIELDS = [
     "model", "messages", "prompt", "stream", "options", "keep_alive", "format", "think", "tools", "images", "system",
     "raw", "suffix", "template", "context", "logprobs", "top_logprobs", "input", "ttl", "name", "Model", "truncate",
+    "max_tokens", "reasoning", "reasoning_effort", "dimensions", "encoding_format",
 ]  # fmt: skip
 MESSAGE = st.dictionaries(
     st.sampled_from(["role", "content", "images", "tool_calls", "thinking", "tool_name", "tool_call_id"]), JSON

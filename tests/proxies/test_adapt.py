@@ -22,6 +22,12 @@ def test_llama_server_gets_the_very_bytes() -> None:
     assert adapt(body, CHAT, plan()) == (body, "")
 
 
+def test_only_openais_older_apis_have_stream_options() -> None:
+    asked = orjson.dumps({"model": "x", "stream": True})
+    for path in ("/v1/responses", "/v1/messages"):
+        assert adapt(asked, path, plan(is_llama_cpp=False)) == (asked, "")
+
+
 def test_a_fork_without_tools_is_sent_none_and_that_is_told() -> None:
     body, stripped = adapt(orjson.dumps({"model": "x", "n": 1, **TOOLS}), CHAT, plan(supports_tools=False))
     assert orjson.loads(body) == {"model": "x", "n": 1}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from llamarunner.catalog.catalog import Model, ModelDetails
 from llamarunner.config.schema import ModelSettings
 from llamarunner.errors import EngineError, RequestError
-from llamarunner.proxies.ollama.embed import inputs_of, is_raw, tokens_of, unit, vector_of
+from llamarunner.proxies.ollama.embed import inputs_of, is_raw, tokens_of, vector_of
+from llamarunner.proxies.vectors import unit
 
 
 @pytest.mark.parametrize(("given_", "texts"), [(None, []), ("", []), ([], []), ("a", ["a"]), (["a", ""], ["a", ""])])

@@ -24,6 +24,7 @@ from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.sse import DONE, amend_lines, event_batches
 from llamarunner.proxies.stream import EventStream
 from llamarunner.proxies.upstream import parse_answer, read_all, read_block
+from llamarunner.proxies.v1_errors import anthropic_error, is_anthropic
 from llamarunner.runners.manager import Lease
 
 _CHAT = "/v1/chat/completions"
@@ -49,19 +50,21 @@ class LMStudioDialect:
     # -- errors ------------------------------------------------------------------------------------------------------
 
     def error_body(self, error: LlamaRunnerError, path: str) -> object:
-        return error_body(error, (model.name for model in self._relay.catalog if not model.problem))
+        return error_body(error, (model.name for model in self._relay.catalog if not model.problem), path)
 
     def error_status(self, error: LlamaRunnerError, path: str) -> int:
         return error.status
 
     def stream_error(self, error: LlamaRunnerError, path: str) -> object:
-        return stream_error(error)
+        return stream_error(error, path)
 
     def refuse_key(self, path: str) -> object:
         message = (
             "An LM Studio API token is required to make requests to this server. Provide it with the 'Bearer' scheme "
             "in the Authorization header. See https://lmstudio.ai/docs/developer/core/authentication."
         )
+        if is_anthropic(path):
+            return anthropic_error(401, message)
         kind = "invalid_request" if path.startswith("/api/") else "invalid_request_error"
         return {"error": {"type": kind, "code": "invalid_api_key", "message": message}}
 

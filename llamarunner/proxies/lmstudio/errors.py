@@ -14,8 +14,8 @@ from llamarunner.errors import (
     RequestError,
     UnsupportedError,
 )
-from llamarunner.proxies.openai import openai_error
 from llamarunner.proxies.proxy import UnknownRouteError
+from llamarunner.proxies.v1_errors import anthropic_error, is_anthropic, openai_error, v1_stream_error
 
 _LISTED_MODELS = 20
 _OVERFLOW = re.compile(r"\((\d+) tokens\).*\((\d+) tokens\)")
@@ -32,11 +32,13 @@ class NoModelError(LlamaRunnerError):
     code = "no_model"
 
 
-def error_body(error: LlamaRunnerError, names: Iterable[str]) -> object:
+def error_body(error: LlamaRunnerError, names: Iterable[str], path: str = "") -> object:
     """`names` are the models there are, for who asked for another."""
     match error:
-        case UnknownRouteError(method=method, path=path):
-            return {"error": f"Unexpected endpoint or method. ({method} {path})"}
+        case UnknownRouteError(method=method):
+            return {"error": f"Unexpected endpoint or method. ({method} {error.path})"}
+        case _ if is_anthropic(path):
+            return anthropic_error(error.status, str(error))
         case ModelNotFoundError():
             return _model_not_found(error, names)
         case EngineRefusalError(kind="exceed_context_size_error"):
@@ -49,8 +51,10 @@ def error_body(error: LlamaRunnerError, names: Iterable[str]) -> object:
             return openai_error(error, str(error), code=error.code)
 
 
-def stream_error(error: LlamaRunnerError) -> dict[str, Any]:
-    return {"error": {"message": str(error)}, "message": str(error)}
+def stream_error(error: LlamaRunnerError, path: str) -> dict[str, Any]:
+    if path.rstrip("/").endswith("/completions"):
+        return {"error": {"message": str(error)}, "message": str(error)}
+    return v1_stream_error(error, str(error), path)
 
 
 def repeat_message(record: dict[str, Any]) -> None:

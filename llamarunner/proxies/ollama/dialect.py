@@ -20,12 +20,13 @@ from llamarunner.proxies.ollama.answering import Answering
 from llamarunner.proxies.ollama.asking import Asking, read_fields
 from llamarunner.proxies.ollama.cloud import cloud_routes
 from llamarunner.proxies.ollama.embedding import Embedding
-from llamarunner.proxies.ollama.errors import error_body
+from llamarunner.proxies.ollama.errors import error_body, stream_error
 from llamarunner.proxies.ollama.library import LibraryRoutes
 from llamarunner.proxies.ollama.openai import OllamaOpenAI
 from llamarunner.proxies.ollama.show import Files, show
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
+from llamarunner.proxies.v1_errors import anthropic_error, is_anthropic
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +82,11 @@ class OllamaDialect:
         return error.status
 
     def stream_error(self, error: LlamaRunnerError, path: str) -> object:
-        return error_body(error, path)
+        return stream_error(error, path)
 
     def refuse_key(self, path: str) -> object:
+        if is_anthropic(path):
+            return anthropic_error(401, "unauthorized")
         if path.startswith("/v1/"):
             return {"error": {"message": "unauthorized", "type": "authentication_error", "param": None, "code": None}}
         return {"error": "unauthorized"}

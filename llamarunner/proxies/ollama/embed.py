@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,10 +63,3 @@ def tokens_of(answer: Mapping[str, Any]) -> int:
     usage = answer.get("usage")
     count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return count if isinstance(count, int) else 0
-
-
-def unit(vector: Sequence[float], dimensions: int = 0) -> list[float]:
-    """`vector` with length 1, cut to its first `dimensions` before (0: not at all)."""
-    kept = vector[:dimensions] if dimensions > 0 else vector
-    length = math.hypot(*kept)
-    return [each / length for each in kept] if length > 0 else list(kept)

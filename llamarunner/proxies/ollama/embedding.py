@@ -25,12 +25,12 @@ from llamarunner.proxies.ollama.embed import (
     is_raw,
     require_embeddings,
     tokens_of,
-    unit,
     vector_of,
 )
 from llamarunner.proxies.ollama.truncate import without_end
 from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.upstream import TOO_LONG as CONTEXT_EXCEEDED
+from llamarunner.proxies.vectors import unit
 from llamarunner.runners.manager import Lease
 
 logger = logging.getLogger(__name__)

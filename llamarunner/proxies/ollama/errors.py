@@ -13,8 +13,8 @@ from llamarunner.errors import (
     OverloadedError,
     UnsupportedError,
 )
-from llamarunner.proxies.openai import openai_error
 from llamarunner.proxies.proxy import UnknownRouteError
+from llamarunner.proxies.v1_errors import v1_error, v1_stream_error
 
 _EMBED_PATHS = ("/api/embed", "/api/embeddings")
 _TOO_LONG = (
@@ -33,7 +33,12 @@ def error_body(error: LlamaRunnerError, path: str) -> object:
     if isinstance(error, UnknownRouteError):
         return _plain(error)
     message = error_message(error, path)
-    return openai_error(error, message) if path.startswith("/v1/") else {"error": message}
+    return v1_error(error, message, path) if path.startswith("/v1/") else {"error": message}
+
+
+def stream_error(error: LlamaRunnerError, path: str) -> object:
+    message = error_message(error, path)
+    return v1_stream_error(error, message, path) if path.startswith("/v1/") else {"error": message}
 
 
 def _plain(error: UnknownRouteError) -> str:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import orjson
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.errors import RequestError
+from llamarunner.proxies.body import QuotingError
 from llamarunner.proxies.ollama import describe
-from llamarunner.proxies.ollama.parameters import keep_alive_s
+from llamarunner.proxies.ollama.parameters import keep_alive_s, template_kwargs
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.sse import amend_lines
+
+_THINK: Mapping[str, str | bool] = {
+    "none": False,
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "max": "max",
+    "xhigh": "max",
+    "ultra": "max",
+}
+"""`think` for each of OpenAI's efforts."""
 
 
 class OllamaOpenAI(OpenAIRoutes):
@@ -29,7 +45,13 @@ class OllamaOpenAI(OpenAIRoutes):
         if body.get("messages") in (None, []):
             raise RequestError("[] is too short - 'messages'")
         super().check_chat(body, model)
-        return self._with_defaults(body)
+        thinks = _set_thinking(body, model)
+        return self._with_defaults(body) or thinks
+
+    def check_responses(self, body: dict[str, Any], model: Model) -> bool:
+        is_changed = super().check_responses(body, model)
+        thinks = _set_thinking(body, model)
+        return self._with_defaults(body) or thinks or is_changed
 
     def check_completion(self, body: dict[str, Any], model: Model) -> bool:
         super().check_completion(body, model)
@@ -41,6 +63,23 @@ class OllamaOpenAI(OpenAIRoutes):
         missing = [name for name in ("temperature", "top_p") if body.get(name) is None]
         body.update(dict.fromkeys(missing, 1.0))
         return bool(missing)
+
+
+def _set_thinking(body: dict[str, Any], model: Model) -> bool:
+    """OpenAI's words for how much to think, as arguments of the chat template. True where there are any."""
+    reasoning = body.get("reasoning")
+    effort = body.get("reasoning_effort") or (reasoning.get("effort") if isinstance(reasoning, dict) else None)
+    if effort is None:
+        return False
+    if not isinstance(effort, str) or effort not in _THINK:
+        shown = orjson.dumps(effort).decode()
+        message = f'invalid reasoning value: {shown} (must be "high", "medium", "low", "max", or "none")'
+        raise QuotingError(message, summary="invalid reasoning value")
+    found = template_kwargs(_THINK[effort], model, body["model"])
+    if found:
+        own = body.get("chat_template_kwargs")
+        body["chat_template_kwargs"] = {**found, **(own if isinstance(own, dict) else {})}
+    return bool(found)
 
 
 def _name_reasoning(record: dict[str, Any]) -> None:

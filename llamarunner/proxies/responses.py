@@ -1,0 +1,158 @@
+"""/v1/responses: OpenAI's second API. llama-server speaks it, but leaves out what OpenAI's own client reads: the number
+of each event, and to which part of the answer it belongs. These are put in; an event of text is not decoded for it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from llamarunner.catalog.catalog import Model
+from llamarunner.errors import RequestError
+from llamarunner.proxies.openai_body import check_media, expect
+from llamarunner.proxies.v1_errors import responses_error
+
+_TYPE = re.compile(rb'"type":"(response\.[a-z_.]+)"')
+_ITEM_ID = re.compile(rb'"item_id":"([^"\\]+)"')
+_WHOLE = (b"response.created", b"response.in_progress", b"response.completed")
+_ITEMS = (b"response.output_item.added", b"response.output_item.done")
+_PARTS = (b"response.content_part.", b"response.output_text.", b"response.reasoning_text.", b"response.refusal.")
+_SUMMARY_PARTS = b"response.reasoning_summary_"
+_WITH_LOGPROBS = b"response.output_text."
+
+_LEFT_OUT: Mapping[str, Any] = {
+    "error": None,
+    "incomplete_details": None,
+    "instructions": None,
+    "metadata": {},
+    "output": [],
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "temperature": None,
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": None,
+    "usage": None,
+}
+"""Fields of a response that OpenAI's schema demands."""
+
+
+def check_responses_body(body: dict[str, Any], model: Model) -> bool:
+    """Raise RequestError for what the engine must not see; True where `body` was changed."""
+    if body.get("previous_response_id") is not None:
+        raise RequestError("previous_response_id is not supported: no answers are kept", hint="send the whole `input`")
+    if isinstance(body.get("input"), str):
+        return False
+    items = expect(body.get("input"), list, "input", "a string or an array")
+    for index, item in enumerate(items):
+        place = f"input[{index}]"
+        content = expect(item, dict, place).get("content")
+        if isinstance(content, list):
+            for number, part in enumerate(content):
+                _check_part(part, f"{place}.content[{number}]", model)
+        elif content is not None:
+            expect(content, str, f"{place}.content", "a string or an array")
+    # thoughts of a server that keeps them to itself: there is nothing in them to read
+    readable = [item for item in items if item.get("type") != "reasoning" or isinstance(item.get("content"), list)]
+    body["input"] = readable
+    return len(readable) < len(items)
+
+
+def _check_part(part: object, place: str, model: Model) -> None:
+    fields = expect(part, dict, place)
+    match expect(fields.get("type"), str, f"{place}.type"):
+        case "input_text" | "output_text" | "reasoning_text" | "summary_text":
+            expect(fields.get("text"), str, f"{place}.text")
+        case "refusal":
+            expect(fields.get("refusal"), str, f"{place}.refusal")
+        case "input_image":
+            check_media("image_url", fields.get("image_url"), f"{place}.image_url", model)
+        case _:
+            raise RequestError(f'{place}.type must be "input_text", "output_text" or "input_image"')
+
+
+class ResponseEvents:
+    """The events of one answer, or the whole of it, with what is left out."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._index_of: dict[str, int] = {}
+        self._response: dict[str, Any] = {}
+
+    def __call__(self, data: bytes) -> bytes:
+        if data.startswith(b"{"):
+            return self._amend_whole(data)
+        return b"\n".join(self._amend_line(line) for line in data.split(b"\n"))
+
+    def _amend_whole(self, data: bytes) -> bytes:
+        answer = _decoded(data)
+        if answer.get("object") != "response":
+            return data
+        return orjson.dumps(_completed(answer))
+
+    def _amend_line(self, line: bytes) -> bytes:
+        if not line.startswith(b"data: {"):
+            return line
+        found = _TYPE.search(line)
+        if found is None:
+            return self._amend_error(line)
+        kind = found[1]
+        if kind in _WHOLE:
+            return self._amend_response(line)
+        fields = {} if b'"sequence_number":' in line else {"sequence_number": self._next()}
+        if b'"output_index":' not in line:
+            fields["output_index"] = self._index(line, kind)
+        if kind.startswith(_PARTS) and b'"content_index":' not in line:
+            fields["content_index"] = 0
+        if kind.startswith(_SUMMARY_PARTS) and b'"summary_index":' not in line:
+            fields["summary_index"] = 0
+        text = orjson.dumps(fields)[1:-1]
+        if kind.startswith(_WITH_LOGPROBS) and b'"logprobs":' not in line:
+            text += b',"logprobs":[]'
+        return b"data: {" + text + b"," + line[7:] if text else line
+
+    def _next(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def _index(self, line: bytes, kind: bytes) -> int:
+        """Of the item an event belongs to."""
+        if kind in _ITEMS:
+            item = _decoded(line[6:]).get("item") or {}
+            name = str(item.get("id") or item.get("call_id"))
+            return self._index_of.setdefault(name, len(self._index_of))
+        found = _ITEM_ID.search(line)
+        return self._index_of.get(found[1].decode("utf-8", "replace"), 0) if found else 0
+
+    def _amend_response(self, line: bytes) -> bytes:
+        event = _decoded(line[6:])
+        if isinstance(event.get("response"), dict):
+            event["response"] = self._response = _completed({**self._response, **event["response"]})
+            event.setdefault("sequence_number", self._next())
+        return b"data: " + orjson.dumps(event)
+
+    def _amend_error(self, line: bytes) -> bytes:
+        error = _decoded(line[6:]).get("error")
+        if not isinstance(error, dict):
+            return line
+        status = error.get("code")
+        event = responses_error(
+            status if isinstance(status, int) else 500, str(error.get("message", "the engine reported an error"))
+        )
+        return b"event: error\ndata: " + orjson.dumps({**event, "sequence_number": self._next()})
+
+
+def _completed(response: dict[str, Any]) -> dict[str, Any]:
+    return {"created_at": int(time.time()), "model": "", **_LEFT_OUT, **response}
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    try:
+        found = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
