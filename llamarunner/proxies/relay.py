@@ -226,9 +226,10 @@ class Relay:
         tail_bytes = 0
         try:
             while block := await read_block(upstream):
-                if trace.first_byte is None and b'"content":null' not in block:
+                events = block.count(b"data: {")
+                if trace.first_byte is None and events > block.count(b'"content":null'):
                     trace.first_byte = time.monotonic()
-                trace.output_tokens = (trace.output_tokens or 0) + block.count(b"data: {")
+                trace.output_tokens = (trace.output_tokens or 0) + events
                 amended = amend(lines.feed(block))
                 tail.append(amended)
                 tail_bytes += len(amended)

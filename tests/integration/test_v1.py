@@ -209,7 +209,7 @@ async def test_fewer_dimensions(fake: Serving, port: str) -> None:
     vector = struct.unpack("<3f", base64.b64decode(packed["data"][0]["embedding"]))
     assert list(vector) == pytest.approx(short["data"][0]["embedding"])
     _, more = await ask(fake, port, "/v1/embeddings", input="a", dimensions=99)
-    assert more["data"][0]["embedding"] == full["data"][0]["embedding"]
+    assert len(more["data"][0]["embedding"]) == len(full["data"][0]["embedding"])
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
