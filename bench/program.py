@@ -62,7 +62,7 @@ def prepare(home: Path) -> Program:
         f"proxies.lmstudio.port = {program.lmstudio}\n"
         f'engines.default = {{ kind = "llama-server", command = "{engine}" }}\n'
         f'models.m = {{ path = "{model}", parallel = 64, keep_alive = "1h" }}\n'
-        "discovery.folders = []\n"
+        "discovery = { ollama = false, lmstudio = false, huggingface = false, folders = [] }\n"
     )
     program.tell_engine({})
     return program

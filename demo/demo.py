@@ -40,7 +40,10 @@ flags.predict = 120        # the most tokens of an answer that asks for no limit
 inherits = "smollm2"
 embeddings = true
 
-[discovery]
+[discovery]                # what else is on this machine stays out of the demo
+ollama = false
+lmstudio = false
+huggingface = false
 folders = []
 
 [scheduler]

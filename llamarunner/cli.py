@@ -230,11 +230,11 @@ def models(
     ctx: typer.Context, config: ConfigOption = None, profile: ProfileOption = None, as_json: JsonOption = False
 ) -> None:
     """List the models there are."""
-    from llamarunner.catalog.stores import discover
+    from llamarunner.catalog.stores import discover, kept_headers
     from llamarunner.listing import as_records, as_table
 
     loaded = ctx.obj.load(config, profile)
-    catalog = discover(loaded.config)
+    catalog = discover(loaded.config, headers=kept_headers())
     if as_json:
         _print_json(as_records(catalog))
     elif len(catalog):

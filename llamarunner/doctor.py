@@ -18,7 +18,7 @@ import psutil
 
 from llamarunner import __version__, paths, ports
 from llamarunner.catalog.catalog import Model
-from llamarunner.catalog.stores import discover
+from llamarunner.catalog.stores import discover, kept_headers
 from llamarunner.config.load import LoadedConfig
 from llamarunner.engines.engine import Engine
 from llamarunner.engines.registry import make_engines
@@ -236,7 +236,7 @@ def _taken_port(name: str, host: str, port: int) -> Item:
 
 
 def _models(loaded: LoadedConfig, engines: Mapping[str, Engine]) -> Iterator[Item]:
-    catalog = discover(loaded.config)
+    catalog = discover(loaded.config, headers=kept_headers())
     if not len(catalog):
         folders = (
             ", ".join(str(folder) for folder in loaded.config.discovery.folders) or "no folder (discovery.folders)"

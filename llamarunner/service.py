@@ -14,7 +14,7 @@ from llamarunner.catalog.catalog import Catalog
 from llamarunner.catalog.librarian import Librarian
 from llamarunner.catalog.library import Library, library_root
 from llamarunner.catalog.pull import Pulls
-from llamarunner.catalog.stores import discover
+from llamarunner.catalog.stores import Discovery, kept_headers
 from llamarunner.config.load import LoadedConfig
 from llamarunner.config.schema import EngineConfig
 from llamarunner.control.backend import Backend
@@ -65,6 +65,7 @@ class Service:
         self._guardian = Guardian()
         self._engine_list = EngineList(paths.state_dir() / "engines", self._guardian)
         self._hardware = HardwareSampler(self._engine_pids)
+        self._discovery = Discovery(self._config, headers=kept_headers())
         self._library = Library(library_root(self._config))
         self._pulls = Pulls(self._library, self._rescan)
         self._catalog = Catalog()
@@ -111,7 +112,7 @@ class Service:
         """Find the models, and listen. Raises NothingServedError where no proxy can; nothing is left running then."""
         config = self._config
         engines, self._on_disk = await asyncio.gather(
-            asyncio.to_thread(make_engines, config), asyncio.to_thread(discover, config)
+            asyncio.to_thread(make_engines, config), asyncio.to_thread(self._discovery.look)
         )
         self._catalog = self._on_disk
         self._session = upstream_session()
@@ -232,8 +233,8 @@ class Service:
     async def _rescan(self) -> None:
         """See what changed on the disk."""
         async with self._looking:
-            found = await asyncio.to_thread(discover, self._config)
-            if list(found) != list(self._on_disk):
+            found = await asyncio.to_thread(self._discovery.look)
+            if found is not self._on_disk:
                 logger.info("the models on disk changed: %d now", len(found))
                 self._on_disk = found
                 self._merge()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,21 @@ if TYPE_CHECKING:
     from serving import Serving
 
 sys.path.insert(0, str(Path(__file__).parent / "fakes"))
+
+_HOME = tempfile.TemporaryDirectory(prefix="llamarunner-tests-home-")
+os.environ["HOME"] = _HOME.name  # here, as the defaults of the configuration are made when they are imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_models_of_this_machine() -> Iterator[None]:
+    """Discovery needs no configuration: what a tester has downloaded would be found."""
+    from llamarunner.catalog import ollama_store
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ollama_store, "SYSTEM_STORE", "/nonexistent")
+        for name in ("OLLAMA_MODELS", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 RunService = Callable[..., AbstractAsyncContextManager["Serving"]]

@@ -87,12 +87,13 @@ class Model:
     aliases: tuple[str, ...] = ()
     size_bytes: int = 0
     modified_at: float = 0.0  # unix time
-    source: str = "config"  # or the folder it was found in
+    source: str = "config"  # or "library", "ollama", "lmstudio", "huggingface", or the folder it was found in
     problem: str = ""
     hint: str = ""
     is_remote: bool = False  # told of by a server elsewhere
     preset: Preset = Preset()
     adapters: tuple[Path, ...] = ()  # LoRA files
+    chat_template: str = ""  # llama.cpp's name for it, where the file brings none but its manifest one in Go
     manifest_digest: str = ""  # 64 hex digits: of the Ollama manifest it comes from
 
     @property
@@ -107,6 +108,13 @@ class Model:
     @property
     def is_embedding_only(self) -> bool:
         return Capability.EMBEDDING in self.capabilities and Capability.COMPLETION not in self.capabilities
+
+    @property
+    def lacks_chat_template(self) -> bool:
+        """Whether nobody knows how to put a conversation before it: it was made with a template in Go's language, for
+        which llama.cpp has no equal. (A mere file without one is asked in ChatML, as llama.cpp does.)"""
+        known = self.settings.chat_template or self.details.chat_template or self.chat_template
+        return bool(self.preset.template) and not known and Capability.COMPLETION in self.capabilities
 
     @property
     def context(self) -> int:

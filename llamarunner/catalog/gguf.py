@@ -229,9 +229,13 @@ def read_header(path: Path) -> Header:
 
 def read_tensors(path: Path) -> list[Tensor]:
     """Every tensor in the file's order. Raises as `read_header` does."""
+    return read_both(path)[1]
+
+
+def read_both(path: Path) -> tuple[Header, list[Tensor]]:
+    """Header and tensors with one look at the file. Raises as `read_header` does."""
     tensors: list[Tensor] = []
-    _read(path, tensors)
-    return tensors
+    return _read(path, tensors), tensors
 
 
 def _read(path: Path, tensors: list[Tensor]) -> Header:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 
 from llamarunner.catalog.catalog import Capability, ModelDetails
 from llamarunner.catalog.gguf import Header
@@ -13,7 +13,7 @@ _GENERIC_WORDS = {"mmproj", "model", "ggml", "clip", "vision", "gguf", "f16", "f
 _PREFERENCE = ("F16", "BF16", "F32", "Q8_0")  # what runs everywhere first
 
 
-def pair(models: Mapping[Path, ModelDetails], projectors: Mapping[Path, Header]) -> dict[Path, Path]:
+def pair(models: Mapping[str, ModelDetails], projectors: Mapping[str, Header]) -> dict[str, str]:
     """The projector of each model that has one.
 
     A folder often holds one model in several quantizations with its projector; then they belong together. Where
@@ -26,11 +26,11 @@ def pair(models: Mapping[Path, ModelDetails], projectors: Mapping[Path, Header])
     for path, details in able.items():
         fitting = [p for p, header in projectors.items() if is_one_model or _belongs(p, header, path, details)]
         if fitting:
-            found[path] = min(fitting, key=lambda p: (_preference(projectors[p], p), p.name))
+            found[path] = min(fitting, key=lambda p: (_preference(projectors[p]), PurePath(p).name))
     return found
 
 
-def _belongs(projector: Path, header: Header, model: Path, details: ModelDetails) -> bool:
+def _belongs(projector: str, header: Header, model: str, details: ModelDetails) -> bool:
     words = _words(projector)
     if words:
         return words <= _words(model)
@@ -38,10 +38,10 @@ def _belongs(projector: Path, header: Header, model: Path, details: ModelDetails
     return details.embedding_length in widths
 
 
-def _words(path: Path) -> set[str]:
-    return set(re.split(r"[-_. ]+", path.stem.lower())) - _GENERIC_WORDS - {""}
+def _words(path: str) -> set[str]:
+    return set(re.split(r"[-_. ]+", PurePath(path).stem.lower())) - _GENERIC_WORDS - {""}
 
 
-def _preference(header: Header, path: Path) -> int:
+def _preference(header: Header) -> int:
     stored = max(header.parameters, key=lambda kind: header.parameters[kind], default="")
     return _PREFERENCE.index(stored) if stored in _PREFERENCE else len(_PREFERENCE)

@@ -24,7 +24,7 @@ BUILT_IN_PROFILES: Mapping[str, Table] = {
     "testing": {
         "proxies": {"ollama": {"port": 0}, "lmstudio": {"port": 0}},
         "logging": {"file": False},
-        "discovery": {"folders": []},
+        "discovery": {"ollama": False, "lmstudio": False, "huggingface": False, "folders": []},
     },
 }
 

@@ -183,6 +183,12 @@ class ModelConfig(ModelSettings):
 
 
 class DiscoveryConfig(Section):
+    ollama: bool = True
+    """List the models in Ollama's folder, under Ollama's names. Nothing is written there."""
+    lmstudio: bool = True
+    """List the models that LM Studio downloaded."""
+    huggingface: bool = True
+    """List the .gguf files in Hugging Face's cache."""
     folders: list[ConfigPath] = [Path(os.path.expanduser("~/models"))]
     """Folders whose .gguf files (at any depth) are models under their file's name. One that is missing is no error."""
     library: ConfigPath | None = None

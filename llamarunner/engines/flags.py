@@ -214,8 +214,10 @@ def _ours(model: Model, port: int, theirs: Flags) -> Flags:
     if settings.gpu_layers != "auto":
         flags["n-gpu-layers"] = ALL_LAYERS if settings.gpu_layers == "all" else settings.gpu_layers
     flags["jinja"] = True
-    if settings.chat_template:
-        flags |= _chat_template(model.name, settings.chat_template)
+    if template := settings.chat_template or model.chat_template:
+        flags |= _chat_template(model.name, template)
+    if model.adapters:
+        flags["lora"] = ",".join(os.path.abspath(adapter) for adapter in model.adapters)
     if model.mmproj is not None:
         flags["mmproj"] = os.path.abspath(model.mmproj)
     if Capability.EMBEDDING in model.capabilities:
@@ -229,8 +231,11 @@ def _ours(model: Model, port: int, theirs: Flags) -> Flags:
 def _chat_template(model: str, template: str) -> Flags:
     path = os.path.abspath(os.path.expanduser(template))
     looks_like_path = os.sep in template or template.endswith((".jinja", ".jinja2", ".j2"))
-    if not looks_like_path:
+    if template == "chatml":
         return {"chat-template": template}
+    if not looks_like_path:
+        # a program that reads Jinja takes any other name for the text of a template, and would answer to that word
+        return {"jinja": False, "no-jinja": True, "chat-template": template}
     if not os.path.isfile(path):
         raise UnsupportedError(f"model '{model}': there is no chat template {path}", hint="check its chat_template")
     return {"chat-template-file": path}

@@ -146,6 +146,33 @@ def test_a_chat_template_of_ones_own(smollm2: Path, tmp_path: Path, start: Calla
     assert (status, answer["prompt"]) == (200, "LOUD:HI")
 
 
+def test_llama_cpps_own_templates_and_adapters(
+    smollm2: Path, tmp_path: Path, start: Callable[[LaunchPlan], Worker]
+) -> None:
+    import gguf
+    import numpy as np
+
+    adapter = tmp_path / "lora.gguf"
+    writer = gguf.GGUFWriter(adapter, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for name in ("lora_a", "lora_b"):
+        shape = (4, 576) if name == "lora_a" else (576, 4)
+        writer.add_tensor(f"blk.0.attn_q.weight.{name}", np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    settings = ModelSettings(context=512, flags={"threads": 1, "no-warmup": True})
+    model = Model("m", smollm2, settings, chat_template="gemma", adapters=(adapter,))
+    worker = start(BuiltinEngine("default", EngineConfig()).plan(model, port=free_port(), api_key=KEY))
+    worker.wait_until_ready()
+    status, answer = worker.ask("/apply-template", {"messages": [{"role": "user", "content": "hi"}]})
+    assert (status, answer["prompt"]) == (200, "<start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n")
+    assert [item["path"] for item in worker.ask("/lora-adapters")[1]] == [str(adapter)]
+
+
 def test_it_ends_promptly_while_it_answers(smollm2: Path, start: Callable[[LaunchPlan], Worker]) -> None:
     worker = start(plan(smollm2))
     worker.wait_until_ready()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ END = "--no-webui --slots"
         (
             {"chat_template": "chatml"},
             f"{START} --ctx-size 8192 --parallel 1 --jinja --chat-template chatml {END}",
+        ),
+        (
+            {"chat_template": "gemma"},
+            f"{START} --ctx-size 8192 --parallel 1 --no-jinja --chat-template gemma {END}",
+        ),
+        (
+            {"chat_template": "gemma", "flags": {"jinja": True}},
+            f"{START} --ctx-size 8192 --parallel 1 --chat-template gemma {END} --jinja",
         ),
         (
             {"mmproj": Path("/models/mmproj.gguf")},
@@ -103,6 +112,14 @@ def test_the_flags_of(more: dict[str, Any], expected: str) -> None:
 def test_a_name_is_one_argument_and_one_with_commas_is_no_alias() -> None:
     assert to_arguments(flags_for(model("日本 a/b 😀"), 1))[6:8] == ["--alias", "日本 a/b 😀"]
     assert "--alias" not in to_arguments(flags_for(model("a, b"), 1))
+
+
+def test_what_a_manifest_brings_along() -> None:
+    brought = replace(model(), chat_template="llama3", adapters=(Path("/a.gguf"), Path("/b.gguf")))
+    flags = flags_for(brought, 1)
+    assert (flags["chat-template"], flags["lora"]) == ("llama3", "/a.gguf,/b.gguf")
+    own = replace(brought, settings=ModelSettings(chat_template="chatml"))
+    assert flags_for(own, 1)["chat-template"] == "chatml"
 
 
 def test_a_chat_template_in_a_file(tmp_path: Path) -> None:

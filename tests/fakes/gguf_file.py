@@ -70,5 +70,5 @@ def write_model(path: Path, architecture: str = "llama", **more: Any) -> Path:
 
 def projector_bytes(width: int = 64, *, vision: bool = True, audio: bool = False) -> bytes:
     metadata = {"general.architecture": "clip", "general.type": "mmproj", "clip.has_vision_encoder": vision}
-    metadata |= {"clip.has_audio_encoder": audio, "clip.vision.projection_dim": width}
+    metadata |= {"clip.has_audio_encoder": audio, "clip.vision.projection_dim": width, "clip.projector_type": "mlp"}
     return gguf_bytes(metadata, [("mm.0.weight", (width, 4), 1, 0)], width * 4 * 2)

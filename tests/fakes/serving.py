@@ -157,12 +157,15 @@ def scripted_config(folder: Path, models: Mapping[str, Mapping[str, Any]] | None
     return config, scripts
 
 
+NO_DISCOVERY = {"ollama": False, "lmstudio": False, "huggingface": False, "folders": []}
+
+
 @asynccontextmanager
 async def serve(
     home: Path, config: Mapping[str, Any], scripts: Mapping[str, Script] | None = None, *, log_files: bool = False
 ) -> AsyncIterator[Serving]:
     """The service on `config` (tables as in config.toml), with no folders searched and all ports free ones."""
-    tables = {"discovery": {"folders": []}, **config}
+    tables = {**config, "discovery": {**NO_DISCOVERY, **config.get("discovery", {})}}
     proxies = tables.setdefault("proxies", {})
     tables["proxies"] = {name: {"port": 0, **proxies.get(name, {})} for name in ("ollama", "lmstudio")}
     with pytest.MonkeyPatch.context() as patch:

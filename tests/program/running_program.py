@@ -59,7 +59,7 @@ class Home:
         args = json.dumps([str(FAKE_ENGINE), "--script", json.dumps(script)])
         self.config.write_text(
             f"[proxies.ollama]\nport = {self.ollama}\n[proxies.lmstudio]\nport = {self.lmstudio}\n"
-            f"[discovery]\nfolders = []\n"
+            f"[discovery]\nollama = false\nlmstudio = false\nhuggingface = false\nfolders = []\n"
             f"[engines.fake]\nkind = 'llama-server'\ncommand = {json.dumps(sys.executable)}\nargs = {args}\n{models}"
         )
         return self
