@@ -25,6 +25,7 @@ from llamarunner.proxies.openai_body import check_messages, check_tools
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.responses import ResponseEvents, check_responses_body
+from llamarunner.runners.demand import NO_DEMAND, Demand
 
 _NO_SUCH_ROUTE = (404, 405, 501)
 
@@ -56,6 +57,10 @@ class OpenAIRoutes(ABC):
     @abstractmethod
     def keep_alive(self, body: dict[str, Any]) -> float | None:
         """The dialect's own extension that says how long the model stays."""
+
+    def demand(self, body: dict[str, Any], model: Model) -> Demand:
+        """The dialect's own extension that says how the model must be loaded."""
+        return NO_DEMAND
 
     def find(self, body: dict[str, Any]) -> Model:
         """The model the body names."""
@@ -139,9 +144,12 @@ class OpenAIRoutes(ABC):
             asked_path = path
             if other := detour(body, model):
                 asked_path, raw, change = other.path, orjson.dumps(other.body), other.amend
-            keep = self.keep_alive(body)
+            keep, demand = self.keep_alive(body), self.demand(body, model)
             try:
-                async with self._relay.ask(model, asked_path, raw, trace, keep_alive_s=keep) as (upstream, _):
+                async with self._relay.ask(model, asked_path, raw, trace, keep_alive_s=keep, demand=demand) as (
+                    upstream,
+                    _,
+                ):
                     return await self._relay.pass_through(request, upstream, trace, self._dialect, change)
             except EngineRefusalError as refusal:
                 if refusal.status in _NO_SUCH_ROUTE and amend is not None:

@@ -42,6 +42,7 @@ async def fake(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Servin
     folder = tmp_path_factory.mktemp("v1")
     models = {
         "smol": {"embeddings": True, "keep_alive": -1, "metadata": FIM},
+        "roomy": {"context": 2048, "keep_alive": -1, "metadata": {"llama.context_length": 32768}},
         "sight": {"keep_alive": -1, "metadata": {"clip.has_vision_encoder": True}},
     }
     config, scripts = scripted_config(folder, models)
@@ -175,6 +176,30 @@ async def test_efforts(fake: Serving, fields: dict[str, Any], kwargs: dict[str, 
         status, _ = await ask(fake, "ollama", path, **fields)
         assert status == 200
         assert fake.scripts["smol"].asked(path)["chat_template_kwargs"] == kwargs
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [("/v1/chat/completions", {"num_ctx": 4096}), ("/v1/messages", {"options": {"num_ctx": 8192}})],
+)
+async def test_num_ctx_is_heeded(fake: Serving, path: str, fields: dict[str, Any]) -> None:
+    wanted = fields.get("num_ctx") or fields["options"]["num_ctx"]
+    assert (await ask(fake, "ollama", path, model="roomy", **fields))[0] == 200
+    async with aiohttp.ClientSession(fake.ollama) as session, session.get("/api/ps") as answer:
+        (running,) = [m for m in (await answer.json())["models"] if m["model"] == "roomy:latest"]
+    assert running["context_length"] == wanted
+    status, answer = await ask(fake, "ollama", path, model="roomy", num_ctx="many")
+    assert (status, answer["error"]["message"]) == (400, 'option "num_ctx" must be of type integer')
+
+
+async def test_keep_alive_is_heeded(fake: Serving) -> None:
+    for minutes, path in enumerate(ASK, start=90):
+        assert (await ask(fake, "ollama", path, keep_alive=f"{minutes}m"))[0] == 200
+        place = fake.service.manager.residence("smol")
+        assert place is not None
+        assert place.keep_alive_s == 60 * minutes
+    status, answer = await ask(fake, "ollama", "/v1/messages", keep_alive="soon")
+    assert (status, answer["error"]["message"]) == (400, 'time: invalid duration "soon"')
 
 
 async def test_a_suffix_is_infilled(fake: Serving, port: str) -> None:

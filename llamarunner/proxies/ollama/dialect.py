@@ -50,9 +50,9 @@ class OllamaDialect:
         """`memory` gives (RAM, GPU) bytes of each engine by its process."""
         self._relay = relay
         self._memory = memory
-        self._openai = OllamaOpenAI(relay, self)
         self._library = LibraryRoutes(relay, self, librarian)
         asking = Asking(relay, client_context)
+        self._openai = OllamaOpenAI(relay, self, asking)
         self._answering = Answering(relay, asking)
         self._embedding = Embedding(relay, asking)
 

@@ -10,10 +10,15 @@ import orjson
 from llamarunner.catalog.catalog import Model
 from llamarunner.errors import RequestError
 from llamarunner.proxies.body import QuotingError
+from llamarunner.proxies.dialect import Dialect
 from llamarunner.proxies.ollama import describe
+from llamarunner.proxies.ollama.asking import Asking
+from llamarunner.proxies.ollama.errors import OptionError
 from llamarunner.proxies.ollama.parameters import keep_alive_s, template_kwargs
 from llamarunner.proxies.openai import OpenAIRoutes
+from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.sse import amend_lines
+from llamarunner.runners.demand import Demand
 
 _THINK: Mapping[str, str | bool] = {
     "none": False,
@@ -29,7 +34,11 @@ _THINK: Mapping[str, str | bool] = {
 
 
 class OllamaOpenAI(OpenAIRoutes):
-    """/v1/* as Ollama has it, with its `keep_alive` as an extension."""
+    """/v1/* as Ollama has it, with `keep_alive`, `num_ctx` and `options` as extensions."""
+
+    def __init__(self, relay: Relay, dialect: Dialect, asking: Asking) -> None:
+        super().__init__(relay, dialect)
+        self._asking = asking
 
     def amend(self, data: bytes) -> bytes:
         return amend_lines(data, b'"reasoning_content"', _name_reasoning)
@@ -40,6 +49,16 @@ class OllamaOpenAI(OpenAIRoutes):
 
     def keep_alive(self, body: dict[str, Any]) -> float | None:
         return keep_alive_s(body.get("keep_alive"))
+
+    def demand(self, body: dict[str, Any], model: Model) -> Demand:
+        options = body.get("options")
+        asked = dict(options) if isinstance(options, dict) else {}
+        if body.get("num_ctx") is not None:
+            asked["num_ctx"] = body["num_ctx"]
+        try:
+            return self._asking.demand(model, {"options": asked})
+        except OptionError as error:
+            raise RequestError(error.message) from None  # 500 is for Ollama's own API
 
     def check_chat(self, body: dict[str, Any], model: Model) -> bool:
         if body.get("messages") in (None, []):
