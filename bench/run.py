@@ -19,6 +19,7 @@ from pathlib import Path
 import orjson
 import psutil
 
+from bench.catalogue import catalogue
 from bench.client import CHAT, OLLAMA_CHAT, alternate, ask, ask_once, client, knock, percentile, run, stream
 from bench.nginx import nginx
 from bench.program import Program, cpu_seconds, engine_of, prepare, serving
@@ -184,7 +185,7 @@ def busy(program: Program, effort: Effort) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Program, Effort], Iterator[Row]]] = {
     "headless": headless, "tui": tui, "latency": latency, "cold": cold, "streams": streams,
-    "busy": busy, "scheduling": scheduling,
+    "busy": busy, "scheduling": scheduling, "catalogue": catalogue,
 }  # fmt: skip
 
 

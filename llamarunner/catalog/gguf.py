@@ -13,6 +13,7 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,14 +21,16 @@ from typing import Any, BinaryIO, NamedTuple
 from llamarunner.errors import ModelFileError
 from llamarunner.units import format_size
 
-# The largest headers met in the field (vocabularies of 256k tokens with their merges) stay below a quarter of each.
+# The largest headers met in the field (vocabularies of 256k tokens with 512k merges) stay below each.
 MAX_HEADER_BYTES = 64 * 1024**2
 MAX_KEYS = 65_536
 MAX_TENSORS = 65_536
-MAX_STRING_BYTES = 16 * 1024**2
-MAX_NAME_BYTES = 65_535
+MAX_TEXT_BYTES = 2 * 1024**2  # of all keys and texts together, token lists aside
+MAX_KEY_BYTES = 65_535
+MAX_NAME_BYTES = 512  # of a tensor; llama.cpp takes 63
 MAX_DEPTH = 4
-MAX_WALKED = 2_000_000  # strings and nested arrays stepped over one by one
+MAX_WALKED = 1_250_000  # strings stepped over one by one
+MAX_NESTED = 4096  # arrays within arrays
 KEPT_ITEMS = 512  # of an array, which is as many as llama.cpp takes layers; a longer one is None in the metadata
 
 _WINDOW_BYTES = 256 * 1024
@@ -132,7 +135,7 @@ class _Damaged(Exception):
 class _Cursor:
     """Moves forwards through the header with one window of it in memory."""
 
-    __slots__ = ("_at", "_file", "_start", "_window", "size", "walked")
+    __slots__ = ("_at", "_file", "_start", "_window", "kept", "nested", "size", "walked")
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file = file
@@ -141,6 +144,8 @@ class _Cursor:
         self._at = 0  # in the window
         self.size = size
         self.walked = 0
+        self.nested = 0
+        self.kept = 0  # letters of texts
 
     @property
     def offset(self) -> int:
@@ -192,22 +197,33 @@ class _Cursor:
             raise _Damaged(f"damaged: a {what} of {length} bytes")
         return self.take(length).decode("utf-8", "replace")
 
+    def text(self, limit: int, what: str) -> str:
+        """A string that is kept."""
+        text = self.string(limit, what)
+        self.kept += len(text)
+        if self.kept > MAX_TEXT_BYTES:
+            raise _Damaged(f"its texts are larger than {format_size(MAX_TEXT_BYTES)}")
+        return text
+
     def skip_strings(self, count: int) -> None:
         """The one loop that must be quick: vocabularies have hundreds of thousands of strings."""
         self.walk(count)
         unpack, left = _U64.unpack_from, count
         while left:
             self.need(8)
-            window, at, done = self._window, self._at, 0
-            last = len(window) - 8
-            for _ in range(left):
-                if at > last:
-                    break
-                at += 8 + unpack(window, at)[0]
-                done += 1
+            window, at, taken = self._window, self._at, 0
+            with suppress(struct.error, OverflowError):  # past the window's end, without asking for it each time
+                for taken in range(left):  # noqa: B007 it is asked afterwards
+                    at += 8 + unpack(window, at)[0]
+                taken = left
             self._at = at
-            left -= done
+            left -= taken
             self.check(0)
+
+    def nest(self, count: int) -> None:
+        self.nested += count
+        if self.nested > MAX_NESTED:
+            raise _Damaged(f"more than {MAX_NESTED} lists within lists")
 
     def walk(self, count: int) -> None:
         self.check(count * 8)  # each has a length before it
@@ -275,7 +291,7 @@ def _parse(cursor: _Cursor, tensors: list[Tensor]) -> Header:
     metadata: dict[str, Any] = {}
     lengths: dict[str, int] = {}
     for _ in range(key_count):
-        key = cursor.string(MAX_NAME_BYTES, "key")
+        key = cursor.text(MAX_KEY_BYTES, "key")
         if key in metadata:
             raise _Damaged(f"damaged: the key {printable(key, 80)!r} is there twice")
         (code,) = cursor.read(_U32)
@@ -312,7 +328,7 @@ def _value(cursor: _Cursor, code: int, *, keep: bool, depth: int) -> Any:
     if scalar := _SCALARS.get(code):
         return cursor.read(scalar)[0]
     if code == _STRING:
-        return cursor.string(MAX_STRING_BYTES, "text")
+        return cursor.text(MAX_TEXT_BYTES, "text")
     if code != _ARRAY:
         raise _Damaged(f"damaged: a value of the unknown type {code}")
     if depth == MAX_DEPTH:
@@ -330,7 +346,7 @@ def _value(cursor: _Cursor, code: int, *, keep: bool, depth: int) -> Any:
     if item == _STRING and not keep:
         cursor.skip_strings(count)
         return None
-    cursor.walk(count)
+    cursor.nest(count) if item == _ARRAY else cursor.walk(count)
     values = [_value(cursor, item, keep=keep, depth=depth + 1) for _ in range(count if keep else 0)]
     if keep:
         return values

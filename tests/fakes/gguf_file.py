@@ -72,3 +72,34 @@ def projector_bytes(width: int = 64, *, vision: bool = True, audio: bool = False
     metadata = {"general.architecture": "clip", "general.type": "mmproj", "clip.has_vision_encoder": vision}
     metadata |= {"clip.has_audio_encoder": audio, "clip.vision.projection_dim": width, "clip.projector_type": "mlp"}
     return gguf_bytes(metadata, [("mm.0.weight", (width, 4), 1, 0)], width * 4 * 2)
+
+
+def whole_files() -> list[bytes]:
+    """Every type of value, lists within lists, vocabularies, several kinds of model, several tensor types."""
+    scalars = {f"x.{code}": struct.pack(f"<I{letter}", code, 1) for code, letter in enumerate("BbHhIif?") if code != 8}
+    scalars |= {f"x.{code}": struct.pack(f"<I{letter}", code, 1) for code, letter in ((10, "Q"), (11, "q"), (12, "d"))}
+    nested = struct.pack("<IIQ", 9, 9, 2) + 2 * typed(["a", "bc"])[4:]
+    words = [f"token{number}" for number in range(300)]
+    tokenizer = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.scores": [float(number) for number in range(300)],
+        "tokenizer.ggml.merges": words[:200],
+        "tokenizer.chat_template": "{% if tools %}{{ tools }}{% endif %}<think></think>",
+    }
+    tensors = [
+        ("token_embd.weight", (2, 300), 1, 0),
+        ("blk.0.attn_q.weight", (256, 4), 12, 1216),
+        ("blk.0.ffn_up_exps.weight", (32, 4, 2), 8, 1792),
+        ("v.patch_embd.weight", (16,), 0, 2112),
+        ("fork.weight", (16,), 137, 2176),
+    ]
+    mixed = {"general.architecture": "qwen3moe", "qwen3moe.block_count": 2, "x.short": [1, 2, 3], "x.nested": nested}
+    return [
+        gguf_bytes({**mixed, **scalars, **tokenizer, "x.long": list(range(600))}, tensors, 2240),
+        gguf_bytes({"general.alignment": 64, **mixed, **tokenizer}, tensors[:1], 1280),
+        *(model_bytes(architecture, **tokenizer) for architecture in ("gemma3", "gpt-oss", "bert", "mamba")),
+        gguf_bytes({"general.architecture": "llama", "general.type": "adapter"}),
+        projector_bytes(),
+        model_bytes(),
+    ]
