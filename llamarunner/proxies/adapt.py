@@ -11,7 +11,7 @@ from llamarunner.engines.engine import LaunchPlan
 from llamarunner.errors import UnsupportedError
 
 _TOOL_FIELDS = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
-_LLAMA_CPP_FIELDS = ("cache_prompt", "n_keep", "repeat_last_n", "typical_p", "embd_normalize")
+_LLAMA_CPP_FIELDS = ("cache_prompt", "n_keep", "repeat_last_n", "typical_p", "embd_normalize", "speculative.n_max")
 """Ours to llama-server; servers that check their fields refuse them."""
 _WITH_STREAM_OPTIONS = ("/v1/chat/completions", "/v1/completions")
 

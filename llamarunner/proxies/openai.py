@@ -21,7 +21,7 @@ from llamarunner.proxies.body import QuotingError, json_kind, parse_object, read
 from llamarunner.proxies.detour import Detour, dimensions_detour, infill_detour
 from llamarunner.proxies.dialect import Dialect, json_response
 from llamarunner.proxies.messages import amend_messages, check_counted_body, check_messages_body
-from llamarunner.proxies.openai_body import check_messages, check_tools
+from llamarunner.proxies.openai_body import check_messages, check_tools, require_chat
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.responses import ResponseEvents, check_responses_body
@@ -157,11 +157,6 @@ class OpenAIRoutes(ABC):
                 raise
 
         return route("POST", path, self._relay.traced(self._dialect, forward))
-
-
-def require_chat(model: Model) -> None:
-    if model.is_embedding_only:
-        raise UnsupportedError(f'"{model.name}" does not support chat')
 
 
 def require_embeddings(model: Model) -> None:

@@ -17,6 +17,14 @@ _TEXTS = ("name", "reasoning_content", "tool_call_id")
 _MEDIA: Mapping[str, Capability] = {"image_url": Capability.VISION, "input_audio": Capability.AUDIO}
 
 
+def require_chat(model: Model, asked_name: str = "") -> None:
+    asked_name = asked_name or model.name
+    if model.is_embedding_only:
+        raise UnsupportedError(f'"{asked_name}" does not support chat')
+    if model.lacks_chat_template:
+        raise UnsupportedError(f'"{asked_name}" does not support chat: {model.hint or "it has no chat template"}')
+
+
 def check_messages(messages: object, model: Model) -> None:
     for index, message in enumerate(expect(messages, list, "messages")):
         place = f"messages[{index}]"

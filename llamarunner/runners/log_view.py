@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamarunner.engines.llama_log import LogReader
-from llamarunner.engines.log_events import Activity, LoadProgress, LoadStarted
+from llamarunner.engines.log_events import Activity, LoadProgress, LoadStarted, OffloadedLayers
 
 
 class LogView:
@@ -17,6 +17,7 @@ class LogView:
         self._reader = LogReader()
         self.progress: float | None = None  # of the load, 0..1; None until it is known to have moved
         self.activity = Activity()
+        self.is_whole_on_gpu = False  # every layer of its model
 
     def take(self, line: str) -> None:
         for event in self._reader.feed(line):
@@ -25,4 +26,6 @@ class LogView:
                 self.progress = event.fraction or None
             elif isinstance(event, LoadStarted):
                 self.progress = None
+            elif isinstance(event, OffloadedLayers):
+                self.is_whole_on_gpu = 0 < event.total == event.done
             self.activity = self.activity.after(event)

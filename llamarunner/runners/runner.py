@@ -136,6 +136,11 @@ class Runner:
         return self._log_view.progress if self.state in (RunnerState.STARTING, RunnerState.LOADING) else None
 
     @property
+    def is_whole_on_gpu(self) -> bool:
+        """Whether its engine said that every layer is there."""
+        return self._log_view.is_whole_on_gpu
+
+    @property
     def activity(self) -> Activity:
         """What each slot does, by the engine's own word; empty where it does not say, or is not ready."""
         return self._log_view.activity if self.state in (RunnerState.READY, RunnerState.DRAINING) else Activity()

@@ -164,3 +164,13 @@ def test_pictures_are_counted_and_taken_out() -> None:
     png = "iVBORw0KGgoAAAANSUhEUg=="
     messages = chat(messages=[{**ASK, "images": [png, png]}, {"role": "assistant", "content": "A"}, ASK])["messages"]
     assert text_only(messages) == ([ASK, {"role": "assistant", "content": "A"}, ASK], 2)
+
+
+def test_a_model_with_nothing_but_a_template_in_go() -> None:
+    lacking = replace(MODEL, preset=Preset(template="{{ .System }}>{{ .Prompt }}<", system="S"), hint="pull another")
+    with pytest.raises(RequestError, match='"m" does not support chat: pull another'):
+        chat(lacking)
+    assert plan(lacking)[1]["prompt"] == "S>?<"
+    too_much = replace(lacking, preset=Preset(template="{{ range .Messages }}{{ end }}"))
+    with pytest.raises(RequestError, match="this template uses more of Go's language"):
+        plan(too_much)

@@ -42,6 +42,7 @@ def test_every_sampler_has_its_default() -> None:
         ({"num_predict": 0}, {"max_tokens": 0}), ({"num_predict": 7}, {"max_tokens": 7}),
         ({"num_keep": -7}, {"n_keep": -1}), ({"seed": -5}, {"seed": -5}), ({"seed": 2**32 + 3}, {"seed": 3}),
         ({"seed": -1e300}, {"seed": -(2**31) + 1}), ({"stop": ["a"]}, {"stop": ["a"]}),
+        ({"draft_num_predict": 3}, {"speculative.n_max": 3}),
         ({"temperature": None, "stop": None}, {"temperature": 0.8}), ({"penalize_newline": "x", "num_ctx": 5}, {}),
     ],
 )  # fmt: skip

@@ -61,7 +61,7 @@ class Answering:
         path, asked = generate.plan(body, model)
         if body.get("_debug_render_only"):
             return await self._render(body, model, keep, trace, asked)
-        if body.get("context") and path == generate.COMPLETION and not asked["prompt"]:
+        if body.get("context") and path == generate.COMPLETION:
             return await self._continue(request, trace, model, keep, body, asked)
         return await self._answer(request, trace, model, path, asked, keep, body)
 
@@ -87,19 +87,23 @@ class Answering:
         asked: dict[str, Any],
     ) -> web.StreamResponse:
         """A prompt that follows on the tokens of an earlier answer: rendered, and put behind them as text."""
-        turn = {"messages": generate.messages(body, model), "add_generation_prompt": True}
         async with self._asking.lease(model, body, keep, trace) as lease:
             try:
                 earlier = await self._relay.call(lease, "/detokenize", {"tokens": body["context"]})
             except EngineRefusalError as refusal:
                 raise RequestError(generate.NOT_TOKENS) from refusal
-            rendered = await self._relay.call(lease, "/apply-template", turn)
-            asked["prompt"] = earlier["content"] + rendered["prompt"]
+            asked["prompt"] = earlier["content"] + (asked["prompt"] or await self._turn(lease, body, model))
             shorten = Shortening(self._relay, model, body, asked, trace)
             async with self._relay.ask_shortened(
                 lease, generate.COMPLETION, orjson.dumps(asked), trace, shorten
             ) as upstream:
                 return await self._write(request, trace, model, body, upstream, lease)
+
+    async def _turn(self, lease: Lease, body: Mapping[str, Any], model: Model) -> str:
+        messages, _ = text_only(generate.messages(body, model))
+        rendered = await self._relay.call(lease, "/apply-template", {"messages": messages})
+        prompt: str = rendered["prompt"]
+        return prompt
 
     async def _answer(
         self,
@@ -151,12 +155,11 @@ class Answering:
     async def _context(self, lease: Lease, body: Mapping[str, Any], model: Model, answer: Answer) -> list[int] | None:
         """The tokens of prompt and answer, which clients may send back to go on from here; None where the engine has no
         way to tell."""
-        if body.get("suffix") or body.get("template") or not lease.plan.is_llama_cpp:
+        if body.get("suffix") or not lease.plan.is_llama_cpp:
             return None
-        messages, _ = text_only(generate.messages(body, model))
         try:
-            rendered = await self._relay.call(lease, "/apply-template", {"messages": messages})
-            text = rendered["prompt"] + "".join(answer.content)
+            rendered = generate.own_template(body, model) or await self._turn(lease, body, model)
+            text = rendered + "".join(answer.content)
             tokens = await self._relay.call(lease, "/tokenize", {"content": text, "add_special": True})
         except EngineRefusalError as refusal:
             logger.info("%s: no context for this answer: %s", model.name, refusal)

@@ -9,13 +9,12 @@ from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.errors import UnsupportedError
 from llamarunner.proxies.ollama.messages import to_openai, with_preset
 from llamarunner.proxies.ollama.parameters import common_body
-from llamarunner.proxies.openai_body import check_tools
+from llamarunner.proxies.openai_body import check_tools, require_chat
 
 
 def chat_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
     asked = str(request.get("model", ""))
-    if model.is_embedding_only:
-        raise UnsupportedError(f'"{asked}" does not support chat')
+    require_chat(model, asked)
     body = common_body(request, model)
     body["messages"] = to_openai(with_preset(request["messages"], model), model)
     if tools := request.get("tools"):

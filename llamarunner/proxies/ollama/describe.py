@@ -84,6 +84,8 @@ def _running(
 ) -> dict[str, Any]:
     runner = residence.runner
     ram, vram = memory_of.get(runner.pid or 0, (0, 0)) if runner is not None else (0, 0)
+    if runner is not None and runner.is_whole_on_gpu and vram > ram:
+        ram = 0  # clients show "100% GPU" where both sizes are equal; what its driver holds in RAM is not the model
     return {
         "name": tagged(model.name),
         "model": tagged(model.name),

@@ -58,7 +58,7 @@ def error_message(error: LlamaRunnerError, path: str) -> str:
             if name and path.rstrip("/") in _EMBED_PATHS:
                 return f'model "{name}" not found, try pulling it first{nearest}'
             return f"model '{name}' not found{nearest}"
-        case OverloadedError(message="too many requests are waiting"):
+        case OverloadedError(message=message) if message.startswith("too many requests are waiting"):
             return "server busy, please try again.  maximum pending requests exceeded"
         case EngineRefusalError(kind="exceed_context_size_error"):
             return _TOO_LONG

@@ -34,16 +34,21 @@ def plan(request: Mapping[str, Any], model: Model) -> tuple[str, dict[str, Any]]
     if request.get("suffix"):
         _refuse_images(request, "a prompt with a suffix")
         return INFILL, _infill_body(request, model)
-    if template := request.get("template"):
-        _refuse_images(request, "a template of the request's own")
-        system = request.get("system") or model.preset.system
-        return COMPLETION, completion_body(request, model, render(template, system, request["prompt"]))
-    if context := request.get("context"):
-        if not all(0 <= token < _MOST_TOKENS for token in context):
-            raise RequestError(NOT_TOKENS)
+    if not all(0 <= token < _MOST_TOKENS for token in request.get("context", ())):
+        raise RequestError(NOT_TOKENS)
+    if prompt := own_template(request, model):
+        _refuse_images(request, "a template in Go's language")
+        return COMPLETION, completion_body(request, model, prompt)
+    if request.get("context"):
         _refuse_images(request, "a prompt with a context")
         return COMPLETION, completion_body(request, model, "")
     return CHAT, {**common_body(request, model), "messages": messages(request, model)}
+
+
+def own_template(request: Mapping[str, Any], model: Model) -> str:
+    """The prompt by the request's own template, or by the model's where that is all it has; "" where neither is."""
+    template = request.get("template") or (model.preset.template if model.lacks_chat_template else "")
+    return render(template, request.get("system") or model.preset.system, request["prompt"]) if template else ""
 
 
 def refuse_picture_making(request: Mapping[str, Any]) -> None:

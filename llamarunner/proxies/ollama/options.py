@@ -21,8 +21,13 @@ DEFAULTS: Mapping[str, int | float] = {
 }
 """Ollama's samplers. All are always sent: llama-server's own defaults are others."""
 
-_PASSED = ("mirostat", "mirostat_tau", "mirostat_eta")
-"""Sent where they are given: Ollama has given them up, llama-server has not."""
+_PASSED: Mapping[str, str] = {
+    "mirostat": "mirostat",
+    "mirostat_tau": "mirostat_tau",
+    "mirostat_eta": "mirostat_eta",
+    "draft_num_predict": "speculative.n_max",
+}
+"""Sent where they are given, under llama-server's name; for the first three Ollama itself has no use any more."""
 
 _FLOATS = {
     "temperature",
@@ -76,7 +81,7 @@ def sampling(options: Mapping[str, Any], context: int) -> dict[str, Any]:
     body["n_keep"] = max(options.get("num_keep", 4), -1)
     if options.get("stop"):
         body["stop"] = options["stop"]
-    return body | {name: options[name] for name in _PASSED if name in options}
+    return body | {theirs: options[name] for name, theirs in _PASSED.items() if name in options}
 
 
 def unknown(options: Mapping[str, Any]) -> list[str]:
