@@ -69,7 +69,7 @@ async def _server(loaded: LoadedConfig) -> AsyncIterator[tuple[str, dict[str, st
     for name, settings in (("lmstudio", config.proxies.lmstudio), ("ollama", config.proxies.ollama)):
         if instance is not None and name in instance.proxies:
             host, port = instance.proxies[name]
-            yield _url(host, port), _headers(settings)
+            yield reachable_url(host, port), request_headers(settings)
             return
     async with _own_server(loaded) as url:
         yield url, {}
@@ -90,7 +90,7 @@ async def _own_server(loaded: LoadedConfig) -> AsyncIterator[str]:
     try:
         await service.start()
         try:
-            yield next(_url(proxy.host, proxy.port) for proxy in service.proxies if proxy.is_running)
+            yield next(reachable_url(proxy.host, proxy.port) for proxy in service.proxies if proxy.is_running)
         finally:
             await service.stop(0)
     finally:
@@ -150,12 +150,12 @@ def _refusal(status: int, raw: bytes) -> LlamaRunnerError:
     return RequestError(message) if status < 500 else EngineError(message)
 
 
-def _headers(settings: ProxyConfig) -> dict[str, str]:
+def request_headers(settings: ProxyConfig) -> dict[str, str]:
     key = settings.api_key
     return {"Authorization": f"Bearer {key.get_secret_value()}"} if key is not None else {}
 
 
-def _url(host: str, port: int) -> str:
+def reachable_url(host: str, port: int) -> str:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 

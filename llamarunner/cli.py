@@ -1,6 +1,7 @@
 """The command line. Each command parses and calls one function; what is heavy is imported where it is needed.
 
-Exit codes: 0 ok, 1 unexpected error, 2 usage, 3 bad configuration, 4 nothing could be served, 130 interrupted.
+Exit codes: 0 ok, 1 unexpected error, 2 usage, 3 bad configuration, 4 nothing could be served or downloaded,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ Examples:
   llamarunner init                     write a configuration for this machine
   llamarunner check --explain          every value in force and where it came from
   llamarunner ask smollm2 "Why is the sky blue?"
+  llamarunner pull llama3.2:1b         download a model; also hf.co/org/repo:Q4_K_M
   git diff | llamarunner ask qwen3-14b --system "Write a commit message"
 
 \b
 Exit codes: 0 ok, 1 unexpected error, 2 wrong usage, 3 bad configuration,
-4 nothing could be served, 130 interrupted.
+4 nothing could be served or downloaded, 130 interrupted.
 
 \b
 Environment: LLAMARUNNER_CONFIG, LLAMARUNNER_PROFILE, LLAMARUNNER_HOME (all files
@@ -262,6 +264,43 @@ def ask(
     from llamarunner.ask import ask as ask_model
 
     raise typer.Exit(ask_model(loaded, model, text, system=system, as_json=as_json))
+
+
+@app.command(short_help="Download a model.")
+def pull(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(help="As `ollama pull` knows it (llama3.2:1b), or on Hugging Face (hf.co/org/repo:Q4_K_M)."),
+    ],
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Ask a registry of your own by http in place of https.")
+    ] = False,
+    config: ConfigOption = None,
+    profile: ProfileOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each step as a line of JSON.")] = False,
+) -> None:
+    """Download a model from Ollama's registry, Hugging Face or another; one broken off goes on where it was."""
+    loaded = ctx.obj.load(config, profile)
+    from llamarunner.pull import pull as pull_model
+
+    pull_model(loaded, model, insecure=insecure, as_json=as_json)
+
+
+@app.command(short_help="Remove a model that was downloaded or created.")
+def rm(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="Its name; `llamarunner models` lists them.")],
+    config: ConfigOption = None,
+    profile: ProfileOption = None,
+) -> None:
+    """Remove a model that was downloaded or created, and the files that no other model needs. Nothing of Ollama's, LM
+    Studio's or your own folders is ever removed."""
+    loaded = ctx.obj.load(config, profile)
+    from llamarunner.pull import remove
+
+    remove(loaded, model)
+    typer.echo(f"removed {model}")
 
 
 @app.command(short_help="Report what was found, what is missing, what would help.")
