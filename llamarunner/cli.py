@@ -232,7 +232,7 @@ def models(
     ctx: typer.Context, config: ConfigOption = None, profile: ProfileOption = None, as_json: JsonOption = False
 ) -> None:
     """List the models there are."""
-    from llamarunner.catalog.stores import discover, kept_headers
+    from llamarunner.catalog.stores import discover, kept_headers, places
     from llamarunner.listing import as_records, as_table
 
     loaded = ctx.obj.load(config, profile)
@@ -242,8 +242,8 @@ def models(
     elif len(catalog):
         typer.echo(as_table(catalog))
     else:
-        folders = ", ".join(str(folder) for folder in loaded.config.discovery.folders) or "no folder at all"
-        typer.echo(f"there are no models; put .gguf files into a folder of discovery.folders ({folders})", err=True)
+        typer.echo("there are no models; put .gguf files into a folder of discovery.folders", err=True)
+        typer.echo(f"searched: {', '.join(places(loaded.config)) or 'nothing at all'}", err=True)
 
 
 @app.command(short_help="Ask a model once, on the command line.")

@@ -18,7 +18,7 @@ import psutil
 
 from llamarunner import __version__, paths, ports
 from llamarunner.catalog.catalog import Model
-from llamarunner.catalog.stores import discover, kept_headers
+from llamarunner.catalog.stores import discover, kept_headers, places
 from llamarunner.config.load import LoadedConfig
 from llamarunner.engines.engine import Engine
 from llamarunner.engines.registry import make_engines
@@ -238,17 +238,17 @@ def _taken_port(name: str, host: str, port: int) -> Item:
 def _models(loaded: LoadedConfig, engines: Mapping[str, Engine]) -> Iterator[Item]:
     catalog = discover(loaded.config, headers=kept_headers())
     if not len(catalog):
-        folders = (
-            ", ".join(str(folder) for folder in loaded.config.discovery.folders) or "no folder (discovery.folders)"
-        )
-        remedy = 'put a .gguf file there, or name one as [models.NAME] path = "..." in the configuration'
-        yield Item("models", "none", Status.WARN, f"nothing was found in {folders}", remedy)
+        searched = ", ".join(places(loaded.config)) or "no folder (discovery.folders)"
+        remedy = 'put a .gguf file into a folder of discovery.folders, or name one as [models.NAME] path = "..."'
+        yield Item("models", "none", Status.WARN, f"nothing was found in {searched}", remedy)
     for model in catalog:
         if model.problem:
             where = "" if str(model.path) in model.problem else f" ({model.path})"
             yield Item("models", model.name, Status.WARN, model.problem + where, model.hint)
         elif wrong := _wrong_flag(model, engines):
             yield Item("models", model.name, Status.WARN, wrong.message, wrong.hint)
+        elif model.hint:  # it runs, and cannot do all that one would expect of it
+            yield Item("models", model.name, Status.WARN, _about(model), model.hint)
         else:
             yield Item("models", model.name, Status.OK, _about(model))
 
@@ -269,4 +269,5 @@ def _about(model: Model) -> str:
     if not model.size_bytes:  # what its engine makes of the path is not ours to read
         return f"{model.path}, by the engine {model.settings.engine}"
     details = (model.details.parameter_size, model.details.quantization)
-    return ", ".join((format_size(model.size_bytes), *filter(None, details))) + f" ({model.path})"
+    source = "" if model.source in ("config", *map(str, model.path.parents)) else f"of {model.source}"
+    return ", ".join((format_size(model.size_bytes), *filter(None, (*details, source)))) + f" ({model.path})"

@@ -14,8 +14,8 @@ def as_records(catalog: Catalog) -> list[dict[str, Any]]:
 
 
 def as_table(catalog: Catalog) -> str:
-    """A line for each model: name, size, what it is, its aliases, and below it why it cannot run, if so."""
-    rows = [("NAME", "SIZE", "MODEL", "ENGINE", "ALIASES"), *(_row(model) for model in catalog)]
+    """A line for each model: name, size, what it is, whence, its aliases; and below it why it cannot run, if so."""
+    rows = [("NAME", "SIZE", "MODEL", "ENGINE", "SOURCE", "ALIASES"), *(_row(model) for model in catalog)]
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     notes: list[list[str]] = [[], *(_notes(model) for model in catalog)]
     lines = []
@@ -47,7 +47,7 @@ def _row(model: Model) -> tuple[str, ...]:
     details = model.details
     about = " ".join(part for part in (details.architecture, details.parameter_size, details.quantization) if part)
     size = format_size(model.size_bytes) if model.size_bytes else "-"
-    cells = (model.name, size, about or "-", model.settings.engine, ", ".join(model.aliases))
+    cells = (model.name, size, about or "-", model.settings.engine, model.source, ", ".join(model.aliases))
     return tuple(map(_printable, cells))
 
 

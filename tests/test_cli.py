@@ -238,8 +238,8 @@ class TestModels:
         result = invoke("models", "-c", str(config))
         assert result.exit_code == 0
         head, row = result.stdout.splitlines()
-        assert head.split() == ["NAME", "SIZE", "MODEL", "ENGINE", "ALIASES"]
-        assert row.split("  ") == ["smol", "93.8 MiB", "llama 135M Q4_1", "default", "小さい"]
+        assert head.split() == ["NAME", "SIZE", "MODEL", "ENGINE", "SOURCE", "ALIASES"]
+        assert row.split("  ") == ["smol", "93.8 MiB", "llama 135M Q4_1", "default", "config", "小さい"]
 
     def test_json(self, config: Path) -> None:
         (model,) = json.loads(invoke("models", "-c", str(config), "--json").stdout)
@@ -255,6 +255,7 @@ class TestModels:
         result = invoke("models")
         assert (result.exit_code, result.stdout) == (0, "")
         assert "there are no models; put .gguf files into" in result.stderr
+        assert "models, Ollama, LM Studio, Hugging Face's cache" in result.stderr
         assert json.loads(invoke("models", "--json").stdout) == []
 
     def test_one_with_a_problem_and_a_name_with_escapes(self, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from llamarunner.catalog.disk import Disk
 from llamarunner.catalog.files import Files
 from llamarunner.catalog.folders import models_below
 from llamarunner.catalog.found import Found
+from llamarunner.catalog.gguf import printable
 from llamarunner.catalog.headers import HeaderCache
 from llamarunner.catalog.library import library_root
 from llamarunner.catalog.ollama_store import OllamaStore, ollama_folders
@@ -35,6 +36,13 @@ def discover(
 def kept_headers() -> HeaderCache:
     """Of this user, from run to run."""
     return HeaderCache(paths.cache_dir() / "headers")
+
+
+def places(config: Config) -> list[str]:
+    """Where models are looked for, as text."""
+    found = config.discovery
+    others = {"Ollama": found.ollama, "LM Studio": found.lmstudio, "Hugging Face's cache": found.huggingface}
+    return [*(printable(str(folder)) for folder in found.folders), *(name for name, is_on in others.items() if is_on)]
 
 
 class Discovery:
