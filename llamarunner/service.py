@@ -16,6 +16,7 @@ from llamarunner.catalog.library import Library, library_root
 from llamarunner.catalog.pull import Pulls
 from llamarunner.catalog.stores import Discovery, kept_headers
 from llamarunner.config.load import LoadedConfig
+from llamarunner.config.ollama_environment import PREFIX as OLLAMA_PREFIX
 from llamarunner.config.schema import EngineConfig
 from llamarunner.control.backend import Backend
 from llamarunner.control.local import LocalBackend, Sources
@@ -158,6 +159,8 @@ class Service:
                 self._watching.append(asyncio.create_task(self._watch_remote(name, engine), name=f"watch {name}"))
         if self._is_announced:
             await asyncio.to_thread(self._instance.write, self._started_at, self._addresses())
+        if heeded := sorted({o.name for o in self._loaded.origins.values() if o.name.startswith(OLLAMA_PREFIX)}):
+            logger.info("heeded of Ollama's variables: %s", ", ".join(heeded))
         logger.info("ready: %d models, profile %s", len(self._catalog), self._loaded.profile or "none")
 
     def _proxy(self, dialect: OllamaDialect | LMStudioDialect) -> HttpProxy:

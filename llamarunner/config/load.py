@@ -1,4 +1,4 @@
-"""Find, read and merge the configuration: defaults < file < profile < environment < command line.
+"""Find, read and merge the configuration: defaults < Ollama's variables < file < profile < environment < command line.
 
 Everything that is wrong is found in one pass and raised as one ConfigError, each problem with its place.
 """
@@ -20,6 +20,7 @@ from llamarunner import paths
 from llamarunner.config import rules, shape
 from llamarunner.config.keys import nearest_hint
 from llamarunner.config.merge import BUILT_IN_PROFILES, Table, Tree, overlay_environment, resolve_inheritance
+from llamarunner.config.ollama_environment import FOR_CLIENTS, HOST, ollama_settings
 from llamarunner.config.origin import Kind, Origin, Problem, dotted
 from llamarunner.config.positions import KeyPath, locate
 from llamarunner.config.schema import Config
@@ -177,7 +178,23 @@ def _merge(
         for part in reversed(key.split(".")):
             layer = {part: layer}
         tree.overlay(layer, partial(Origin, "command line", ""))
-    return tree, problems
+    return _over_ollama(tree, environ, problems), problems
+
+
+def _over_ollama(tree: Tree, environ: Mapping[str, str], problems: list[Problem]) -> Tree:
+    """The tree laid over what Ollama's variables set; their mistakes join `problems`."""
+    settings, wrong = ollama_settings(environ, tree.data)
+    problems += wrong
+    if not settings:
+        return tree
+    whole = Tree()
+    for setting in settings:
+        layer: Any = setting.value
+        for key in reversed(setting.path):
+            layer = {key: layer}
+        whole.overlay(layer, partial(Origin, "environment", setting.variable))
+    whole.overlay(tree.data, tree.origins.__getitem__)
+    return whole
 
 
 def _profile_names(source: _File) -> list[str]:
@@ -231,6 +248,8 @@ def _problem(path: KeyPath, message: str, tree: Tree, source: _File) -> Problem:
     if origin.kind in ("file", "profile") and origin.name == source.name:
         line = next((found for end in range(len(key), 0, -1) if (found := source.lines.get(key[:end]))), 0)
     place = f"{source.name}:{line}" if line else origin.place
+    if place == HOST:
+        message += f"; {FOR_CLIENTS}"
     return Problem(place, dotted(key), message)
 
 

@@ -67,7 +67,8 @@ class ProxyConfig(Section):
     """Further names clients may call this machine by (the Host header); localhost, its addresses and its own name
     always work."""
     cors_origins: list[str] = []
-    """Web origins whose pages may call this proxy from a browser ("https://chat.example"; "*" for any)."""
+    """Web origins whose pages may call this proxy from a browser ("https://chat.example"; "*" for any, also as
+    a part: "chrome-extension://*")."""
 
 
 ClientContext = Literal["honour", "grow-only", "ignore"]
@@ -216,6 +217,8 @@ class SchedulerConfig(Section):
     """Memory of the machine that is left free."""
     partial_offload: bool = True
     """A model that fits no GPU may lie partly in RAM, which is slow; false refuses it."""
+    spread: bool = False
+    """Lay every model over all GPUs, though one would hold it."""
 
 
 class TuiConfig(Section):

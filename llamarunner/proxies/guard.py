@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -19,8 +21,10 @@ from aiohttp.typedefs import Handler, Middleware
 from llamarunner.proxies.dialect import json_response
 
 _APP_SCHEMES = ("app", "file", "tauri", "vscode-webview", "vscode-file")  # desktop clients, as Ollama allows them
+_LOCAL_ENDINGS = (".localhost", ".local", ".internal")  # no public name server knows any such name
 _ALLOWED_HEADERS = (
-    "Authorization, Content-Type, User-Agent, Accept, X-Requested-With, X-Api-Key, Anthropic-Version, OpenAI-Beta, "
+    "Authorization, Content-Type, User-Agent, Accept, X-Requested-With, X-Api-Key, Anthropic-Version, Anthropic-Beta, "
+    "Anthropic-Dangerous-Direct-Browser-Access, OpenAI-Beta, "
     "x-stainless-arch, x-stainless-async, x-stainless-custom-poll-interval, x-stainless-helper-method, "
     "x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-poll-helper, "
     "x-stainless-retry-count, x-stainless-runtime, x-stainless-runtime-version, x-stainless-timeout"
@@ -43,7 +47,7 @@ class Guard:
         name = host_name(host_headers[0])
         if name is None:
             return False
-        if name == "localhost" or name.endswith(".localhost"):
+        if name == "localhost" or name.endswith(_LOCAL_ENDINGS):
             return True
         if name == socket.gethostname().lower() or name in (host.lower() for host in self.allowed_hosts):
             return True
@@ -57,10 +61,11 @@ class Guard:
         bound = _address(self.bound_host)
         if bound is not None and bound.is_unspecified:
             return True  # listening everywhere: any address that reached us is ours; a rebound name is no address
-        return address.is_loopback or address == bound
+        # a private one is what a port forwarded from another machine or a container is called by
+        return address.is_loopback or address.is_private or address == bound
 
     def admits_origin(self, origin: str) -> bool:
-        if "*" in self.cors_origins or origin in self.cors_origins:
+        if any(_pattern(allowed).fullmatch(origin) for allowed in self.cors_origins):
             return True
         try:
             parts = urlsplit(origin)
@@ -93,6 +98,12 @@ def host_name(header: str) -> str | None:
     if port and not port.isdigit():
         return None
     return name.rstrip(".") or None
+
+
+@lru_cache(maxsize=64)
+def _pattern(origin: str) -> re.Pattern[str]:
+    """Of an origin in which "*" stands for anything, as in "chrome-extension://*"."""
+    return re.compile(".*".join(map(re.escape, origin.split("*"))))
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -408,6 +408,7 @@ class RunnerManager:
             max_loaded=settings.max_loaded,
             devices=self._ledger.devices() if waiting or settings.yield_to_others else (),
             partial="offload" if settings.partial_offload else "refuse",
+            spread=settings.spread,
             min_residency_s=settings.min_residency,
             yields=settings.yield_to_others,
         )

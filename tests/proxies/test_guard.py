@@ -16,6 +16,8 @@ LOCAL = Guard("127.0.0.1", allowed_hosts=["box.lan"])
     [
         "localhost", "localhost:11434", "LOCALHOST", "localhost.", "a.localhost:1", "127.0.0.1", "127.0.0.1:11434",
         "127.0.0.2:80", "[::1]", "[::1]:1234", "box.lan", "BOX.lan:99", socket.gethostname(),
+        "box.local", "host.docker.internal:11434", "ollama.internal.", "10.0.0.1", "192.168.1.1:11434", "0.0.0.0",
+        "[fe80::1]", "[fd00::5]:1234",
     ],
 )  # fmt: skip
 def test_names_of_this_machine_are_admitted(host: str) -> None:
@@ -27,10 +29,9 @@ def test_names_of_this_machine_are_admitted(host: str) -> None:
     [
         "", " ", "evil.com", "127.0.0.1.evil.com", "localhost.evil.com", "evil.com:11434", "localhost@evil.com",
         "evil.com/localhost", "127.0.0.1 evil.com", "127.0.0.1,evil.com", "2130706433", "0x7f000001", "127.1",
-        "0.0.0.0",
-        "10.0.0.1", "192.168.1.1:11434", "[::ffff:10.0.0.1]", "[::1", "[::1]x", "localhost:port", "localhost:80:80",
-        "box.lan.evil.com", "notlocalhost", "evil\\localhost", "localhost\tevil.com", "fe80::1", "box.internal",
-        "box.local", "\x00localhost",
+        "8.8.8.8", "[2600::1]:11434", "local", "internal", "evil.local.com", "xlocal",
+        "[::1", "[::1]x", "localhost:port", "localhost:80:80",
+        "box.lan.evil.com", "notlocalhost", "evil\\localhost", "localhost\tevil.com", "fe80::1", "\x00localhost",
     ],
 )  # fmt: skip
 def test_other_names_are_refused(host: str) -> None:
@@ -61,6 +62,24 @@ def test_listening_everywhere_admits_addresses_but_no_foreign_names() -> None:
 )  # fmt: skip
 def test_origins(origin: str, admitted: bool) -> None:
     assert Guard("127.0.0.1", cors_origins=["https://chat.example"]).admits_origin(origin) is admitted
+
+
+@pytest.mark.parametrize(
+    ("pattern", "origin", "admitted"),
+    [
+        ("chrome-extension://*", "chrome-extension://abcdef", True), ("chrome-extension://*", "https://x", False),
+        ("http://192.168.1.*", "http://192.168.1.7:3000", True), ("http://192.168.1.*", "http://192.168.11.7", False),
+        ("https://*.b.com", "https://a.b.com", True), ("https://*.b.com", "https://b.com", False),
+        ("https://a.example", "https://aXexample", False), ("http://[::5]:80", "http://[::5]:80", True),
+    ],
+)  # fmt: skip
+def test_a_part_of_an_origin_may_be_anything(pattern: str, origin: str, admitted: bool) -> None:
+    assert Guard("127.0.0.1", cors_origins=[pattern]).admits_origin(origin) is admitted
+
+
+@pytest.mark.parametrize("origin", ["app://a", "file://", "tauri://b", "vscode-webview://c", "vscode-file://d"])
+def test_desktop_programs_are_admitted(origin: str) -> None:
+    assert Guard("127.0.0.1").admits_origin(origin)
 
 
 def test_any_origin_only_where_it_is_asked_for() -> None:
