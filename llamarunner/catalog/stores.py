@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,9 @@ class Discovery:
         own = {self._identity(str(model.path)) for model in models} - {None}
         names = _Names(name for model in models for name in (model.name, *model.aliases))
         by_content: dict[Any, int] = {}
-        for found in self._found(files):
+        every = list(self._found(files))
+        wanted = Counter(name_key(found.names[0]) for found in every)
+        for found in every:
             identity = self._identity(found.path)
             if found.preset is None and identity in own:
                 continue  # it has the name that the configuration gave it
@@ -88,8 +91,11 @@ class Discovery:
                 models[known] = _merged(models[known], found, names, files)
             elif found.preset is None or names.are_free(found.names[:1]):
                 by_content[content] = len(models)
+                if found.preset is None and wanted[name_key(found.names[0])] > 1:
+                    # a name that stays, whoever comes first
+                    found = replace(found, aliases=(*found.aliases, *found.names[-1:]))
                 models.append(discovered(names.take(found.names), found, config.defaults, files))
-        return models
+        return _without_empty_promises(models)
 
     def _found(self, files: Files) -> Iterator[Found]:
         """Those first whose names are fixed."""
@@ -127,6 +133,20 @@ def _merged(model: Model, found: Found, names: _Names, files: Files) -> Model:
         model = with_projector(model, Path(found.mmproj), files)
     aliases = tuple(dict.fromkeys((*model.aliases, *more, *found.aliases)))
     return model if aliases == model.aliases else replace(model, aliases=aliases)
+
+
+def _without_empty_promises(models: list[Model]) -> list[Model]:
+    """The models without aliases under which another one is found."""
+    owner = {name_key(model.name): number for number, model in enumerate(models)}
+    for number, model in enumerate(models):
+        for alias in model.aliases:
+            owner.setdefault(name_key(alias), number)
+    kept = []
+    for number, model in enumerate(models):
+        own = name_key(model.name)
+        aliases = tuple(alias for alias in model.aliases if owner[key := name_key(alias)] == number and key != own)
+        kept.append(model if aliases == model.aliases else replace(model, aliases=aliases))
+    return kept
 
 
 class _Names:

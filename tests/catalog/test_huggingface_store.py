@@ -54,7 +54,9 @@ def test_its_files_under_the_names_they_are_asked_for_by(tmp_path: Path) -> None
 def test_one_name_in_two_repositories(tmp_path: Path) -> None:
     for number, owner in enumerate(("a", "b")):
         put(tmp_path, f"{owner}/m-GGUF", "1", "m.gguf", model_bytes(x=number))
-    assert [model.name for model in found(tmp_path)] == ["m", "m-GGUF/m"]
+    catalog = found(tmp_path)
+    assert [model.name for model in catalog] == ["m", "m-GGUF/m"]
+    assert [catalog.find(f"{owner}/m-GGUF/m").name for owner in "ab"] == ["m", "m-GGUF/m"]
 
 
 def test_revisions(tmp_path: Path) -> None:

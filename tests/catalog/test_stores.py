@@ -107,6 +107,21 @@ def test_one_name_for_several_files(tmp_path: Path) -> None:
     assert names(catalog) == ["model", "model-2", "y/model", "z/Model", "z/y/model"]
     assert [model.path.parent.name for model in catalog] == ["x", "y", "y", "z", "y"]
     assert names(found(tmp_path)) == names(catalog)
+    for path in (model.path for model in catalog if model.path.stem.lower() == "model"):
+        assert catalog.find(f"{tmp_path.name}/{path.relative_to(tmp_path).with_suffix('')}").path == path
+
+
+def test_an_alias_is_listed_where_it_leads(tmp_path: Path) -> None:
+    one, other = write_model(tmp_path / "one.gguf"), write_model(tmp_path / "x/one.gguf")
+    (tmp_path / "two.gguf").symlink_to(one)
+    write_model(tmp_path / "y/two.gguf", x=1)
+    catalog = found(tmp_path)
+    assert [(model.name, model.path) for model in catalog if "two" in model.aliases] == [("one", one)]
+    assert catalog.find("two").path == one
+    for model in catalog:
+        for alias in model.aliases:
+            assert catalog.find(alias) is model
+    assert catalog.find("x/one").path == other
 
 
 def test_the_configuration_has_the_name_first(tmp_path: Path) -> None:
