@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -17,7 +18,12 @@ from llamarunner.proxies.sse import DONE
 def timestamp(at_ns: int) -> str:
     """RFC 3339 in UTC with nanoseconds, as Go writes it."""
     seconds, nanoseconds = divmod(at_ns, 1_000_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{nanoseconds:09d}Z"
+    return f"{_second(seconds)}.{nanoseconds:09d}Z"
+
+
+@lru_cache(maxsize=4)  # of a stream's lines most fall into one second, and writing it out is what costs
+def _second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def line(record: Mapping[str, Any]) -> bytes:
@@ -46,6 +52,12 @@ class Answer:
     timings: Mapping[str, Any] = field(default_factory=dict)
     usage: Mapping[str, Any] = field(default_factory=dict)
     _calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _frame: tuple[bytes, bytes, bytes] = (b"", b"", b"")  # of a line of text alone: around its values
+
+    def __post_init__(self) -> None:
+        text = b'","message":{"role":"assistant","content":' if self.chat else b'","response":'
+        head = b'{"model":' + orjson.dumps(self.model) + b',"created_at":"'
+        self._frame = (head, text, b'},"done":false}\n' if self.chat else b',"done":false}\n')
 
     def feed_all(self, payloads: Iterable[bytes]) -> tuple[bytes, LlamaRunnerError | None]:
         """The lines that these events become, and the error that ended them: what came before it is an answer too."""
@@ -109,8 +121,8 @@ class Answer:
         return self._piece(event.get("content") or "", "", event.get("completion_probabilities") or [])
 
     def _piece(self, content: str, thinking: str, logprobs: list[Any]) -> bytes:
-        if not content and not thinking and not logprobs:
-            return b""
+        if not thinking and not logprobs:
+            return self._plain(content) if content else b""
         record = self._head()
         if content:
             self.content.append(content)
@@ -123,6 +135,12 @@ class Answer:
             self.logprobs += tokens
             record["logprobs"] = tokens
         return line(record)
+
+    def _plain(self, content: str) -> bytes:
+        """Nearly every line is one of these, so it is put together without a record."""
+        self.content.append(content)
+        head, text, tail = self._frame
+        return head + timestamp(self.now_ns()).encode() + text + orjson.dumps(content) + tail
 
     def _head(self) -> dict[str, Any]:
         return {"model": self.model, "created_at": timestamp(self.now_ns())}
