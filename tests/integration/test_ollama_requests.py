@@ -95,6 +95,13 @@ async def test_the_time_left_is_true_to_a_second(run_service: RunService) -> Non
         assert abs((datetime.fromisoformat((await running(serving))["expires_at"]) - first).total_seconds()) < 0.2
 
 
+async def test_an_ordinary_chat_is_one_question_to_the_engine(run_service: RunService) -> None:
+    async with run_service() as serving:
+        await chat(serving)
+        await chat(serving, messages=[{"role": "user", "content": "word " * 50_000}])
+        assert [each["path"] for each in serving.script.requests()] == ["/v1/chat/completions"] * 2
+
+
 # --- routes ---------------------------------------------------------------------------------------------------------
 
 
