@@ -28,8 +28,9 @@ TOO_LONG = (
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def real(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> AsyncIterator[Serving]:
-    model = {"path": str(smollm2_path), "context": 256, "flags": {"threads": 1, "threads-batch": 1}}
-    models = {MODEL: model, "embedder": {**model, "embeddings": True, "parallel": 2}}
+    model: dict[str, Any] = {"path": str(smollm2_path), "context": 256, "flags": {"threads": 1, "threads-batch": 1}}
+    shifting = {**model, "flags": {**model["flags"], "context-shift": True}}
+    models = {MODEL: model, "shifting": shifting, "embedder": {**model, "embeddings": True, "parallel": 2}}
     home = tmp_path_factory.mktemp("real")
     async with serve(home, {"models": models, "engines": {"default": {"kind": "builtin"}}}) as serving:
         yield serving
@@ -188,6 +189,18 @@ async def test_tools_need_a_model_that_has_them(real: Serving) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     body = {"model": MODEL, "messages": turns(1), "tools": [tool]}
     assert (await post(real, "/api/chat", body))[:2] == (400, {"error": "smol does not support tools"})
+
+
+async def test_the_end_of_the_context_ends_the_answer_unless_it_is_to_shift(real: Serving) -> None:
+    ask = {"prompt": "word " * 200, "raw": True, "stream": False, "options": {"num_predict": 120, "temperature": 0}}
+    counts: dict[str, int] = {}
+    for model in (MODEL, "shifting"):
+        _, answer, _ = await post(real, "/api/generate", {"model": model, **ask})
+        assert answer["done_reason"] == "length"
+        counts[model] = answer["eval_count"]
+    assert counts[MODEL] < 60 < counts["shifting"] == 120
+    refused = await post(real, "/api/generate", {"model": "shifting", **ask, "shift": False})
+    assert refused[:2] == (400, {"error": "shifting always shifts its context: shift cannot be false"})
 
 
 async def test_options_of_the_load_load_again(real: Serving, client: ollama.AsyncClient) -> None:

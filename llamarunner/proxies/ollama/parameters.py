@@ -20,6 +20,8 @@ _THINK_LEVELS = ("high", "medium", "low", "max")
 def common_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """The fields for llama-server that do not depend on the prompt. Always streamed: so a client that leaves is noticed
     while the answer is made."""
+    if request.get("shift") is False and model.settings.flags.get("context-shift") is True:
+        raise UnsupportedError(f"{model.name} always shifts its context: shift cannot be false")
     options = effective(request.get("options") or {}, model.preset.parameters)
     body: dict[str, Any] = {"stream": True, "cache_prompt": True, **sampling(options, model.context)}
     if shape := response_format(request.get("format")):
