@@ -186,7 +186,7 @@ def test_as_text_and_as_json() -> None:
 
 def test_a_flag_that_an_engine_does_not_have(tmp_path: Path) -> None:
     program = tmp_path / "llama-server"
-    program.write_text("#!/bin/sh\necho '-ctk, --cache-type-k TYPE  the type'\n")
+    program.write_text("#!/bin/sh\necho '-c, --ctx-size N'; echo '-ctk, --cache-type-k TYPE'\n")
     program.chmod(0o755)
     report = examine(
         load(

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamarunner import paths
 from llamarunner.catalog.gguf import printable
@@ -21,6 +21,7 @@ from llamarunner.engines.kept import KeptAnswers
 _ANSWER_S = 10.0  # a CUDA build looks for its devices before it answers
 _OUTPUT_BYTES = 512 * 1024  # the help of llama-server has about 60 KiB
 _MOST_KEPT = 50  # binaries
+_TYPICAL = "ctx-size"  # every llama-server has had it
 _LISTS = ("flags", "bare", "switches")
 _VERSION = re.compile(r"^version:? +(\S+(?: \(\w+\))?)", re.MULTILINE)
 _ESCAPE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
@@ -110,7 +111,8 @@ def _ask(command: str, env: Mapping[str, str]) -> Probe:
         return Probe(problem=f"{command} {error}")
     if not found.flags:
         return Probe(version=version, problem="its --help names no flags")
-    answer = Probe(version, found.flags, found.bare, found.switches)
+    # of a wrapper, which tells of itself, nothing is known of what it runs
+    answer = replace(found, version=version) if _TYPICAL in found.flags else Probe(version)
     _remember(command, identity, answer)
     return answer
 
@@ -137,7 +139,7 @@ def _recall(command: str, identity: Identity) -> Probe | None:
         if not answer or answer["of"] != list(identity):
             return None
         flags, bare, switches = (frozenset(map(str, answer[name])) for name in _LISTS)
-        return Probe(str(answer["version"]), flags, bare, switches) if flags else None
+        return Probe(str(answer["version"]), flags, bare, switches)
     except (TypeError, KeyError):
         return None
 

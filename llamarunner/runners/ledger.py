@@ -19,6 +19,7 @@ from llamarunner.runners.footprints import Footprints, Measured, footprint_key
 from llamarunner.runners.memory import Need, companions, estimate
 from llamarunner.runners.place import Place
 from llamarunner.runners.placement import RAM, Device, Placement
+from llamarunner.runners.runner import Runner
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +80,17 @@ class Ledger:
         self._footprints = footprints
         self._needs: dict[tuple[str, str], _Known] = {}  # by the names of model and engine: replicas share them
         self._engines: dict[str, Engine] = {}  # of the models that were estimated
+        self._unseen: list[tuple[Place, Runner, Mapping[str, int]]] = []  # promised, and not seen by the gauge
         self._versions: dict[str, str] = {}  # of each engine's program, as far as they are known
 
     def devices(self) -> Sequence[Device]:
-        return self._gauge.devices()
+        return [self._without_unseen(device) for device in self._gauge.devices()]
+
+    def _without_unseen(self, device: Device) -> Device:
+        """Where the driver names no processes, what ours hold there looks like others': it would count twice."""
+        self._unseen = [known for known in self._unseen if known[0].runner is known[1] and known[1].pid is not None]
+        ours = sum(sizes.get(device.id, 0) for _, _, sizes in self._unseen)
+        return replace(device, used_by_others_bytes=max(device.used_by_others_bytes - ours, 0)) if ours else device
 
     async def estimate(self, place: Place, engine: Engine | None, demand: Demand = NO_DEMAND) -> None:
         """Note in `place` what its model needs under `demand`. Where that cannot be told the engine decides."""
@@ -163,6 +171,11 @@ class Ledger:
         if runner is None or runner.pid is None or runner.load_s is None or not place.is_ready:
             return
         held, placement = self._gauge.held(runner.pid), place.placement
+        promised = placement.bytes_by_device if placement is not None else {}
+        unseen = {device: size for device, size in promised.items() if device != RAM and device not in held}
+        self._unseen = [known for known in self._unseen if known[1] is not runner]
+        if held and unseen:
+            self._unseen.append((place, runner, unseen))
         engine = self._engines.get(place.model.settings.engine)
         if engine is not None and engine.is_local:
             self._versions[engine.name] = (await asyncio.to_thread(engine.info)).version

@@ -253,3 +253,9 @@ def test_many_who_ask_at_once_run_it_once(program: Program, tmp_path: Path) -> N
     with ThreadPoolExecutor(8) as threads:
         assert {info.version for info in threads.map(lambda _: asked.info(), range(16))} == {"6123 (abc1234)"}
     assert len((tmp_path / "runs").read_text().splitlines()) == 2
+
+
+def test_a_wrapper_tells_of_itself_and_not_of_what_it_runs(program: Program) -> None:
+    wrapper = engine(program("usage: nice [OPTION]\n  -n, --adjustment=N   add N\n  --help   display this\n"))
+    assert wrapper.info().problem == ""
+    assert {"--cache-typ-k", "--jinja"} < set(argv(wrapper, **{"cache-typ-k": "q8_0"}))

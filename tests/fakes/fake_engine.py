@@ -15,6 +15,8 @@ request, so that a test can change the behaviour of a running engine. Keys, all 
                   "load" is in place of becoming ready, "ready" is `"after_s"` (0.2) after /props (with no_props:
                   /health) was first answered, "token:N" after N tokens
   hang            "start" (never listens) | "load" (never loaded) | "health" (unanswered) | "prompt" | "token:N"
+  gpu_bytes       hold so much of the GPUs of `fake_nvml.c` once loaded, shared out by --tensor-split over those of
+                  CUDA_VISIBLE_DEVICES; where there is less, end as llama.cpp does that is out of memory
   ignore_sigterm  true: SIGTERM does nothing
   grandchild      "group" (stays in our process group) | "setsid" (double-forked into a session of its own); it sleeps
                   for ten minutes, keeps stdout open, ignores SIGTERM; "grandchild_pid_file" gets its pid
@@ -53,6 +55,7 @@ from pathlib import Path
 from typing import Any
 
 from fake_engine_shapes import Chat, shape_for  # beside this script, which is run by its path
+from fake_gpus import hold
 
 PUBLIC = {"/", "/health", "/v1/health", "/models", "/v1/models"}
 HELP_FLAGS = """
@@ -390,6 +393,13 @@ class FakeEngine:
             end_process(script)
         if script.get("hang") == "load":
             return
+        if (missing := hold(script.get("gpu_bytes", 0), self.flags.get("tensor-split", ""))) is not None:
+            say(
+                f"ggml_backend_cuda_buffer_type_alloc_buffer: allocating {missing / 2**20:.2f} MiB on device 0: "
+                "cudaMalloc failed: out of memory"
+            )
+            say("llama_model_load: error loading model: unable to allocate CUDA0 buffer")
+            os._exit(1)
         self.loaded = True
         say("srv          init: model loaded")
         say(f"main: server is listening on http://127.0.0.1:{port} - starting the main loop")

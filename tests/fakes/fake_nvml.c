@@ -5,20 +5,28 @@
  *   gpu INDEX CODE TOTAL USED UTILISATION TEMPERATURE MILLIWATTS LIMIT UUID NAME...
  *                               CODE other than 0 is the answer to every question; a figure of -1 is "not supported"
  *   process GPU KIND PID BYTES  KIND is c (compute) or g (graphics)
+ *   silent 1                    the driver names no processes ("not supported")
+ *   holds DIRECTORY             what engines hold: a file for each, named by its pid, with lines "GPU BYTES"; see
+ *                               fake_gpus.py. The memory of one that ended is back, and its file gone,
+ *   linger MILLISECONDS         so long after its end was first seen
  * Built with -DOLD_INIT it lacks nvmlInitWithFlags, with -DOLD_PROCESSES the version 3 process lists: older drivers. */
 
+#include <dirent.h>
+#include <errno.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7,
        DRIVER_NOT_LOADED = 9, MAX_GPUS = 16, MAX_PROCESSES = 64 };
 
 typedef struct { int present, code; long long total, used, load, temperature, power, limit; char uuid[96], name[96]; } Gpu;
 typedef struct { unsigned gpu, pid; char kind; unsigned long long used; } Process;
-typedef struct { int readable, init, hang_ms; unsigned gpus, processes; Gpu gpu[MAX_GPUS]; Process process[MAX_PROCESSES]; } State;
+typedef struct { int readable, init, hang_ms, silent, linger_ms; char holds[400]; unsigned gpus, processes; Gpu gpu[MAX_GPUS]; Process process[MAX_PROCESSES]; } State;
 
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned gpu, memory; } Utilization;
@@ -26,6 +34,61 @@ typedef struct { unsigned pid; unsigned long long used; unsigned gpu_instance, c
 
 static int initialised;
 static char handles[MAX_GPUS]; /* a card's handle is the address of its place here */
+
+static struct { int pid; long long seen_ms; } dead[MAX_PROCESSES]; /* engines that ended, and when that was seen */
+
+static long long now_ms(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000LL + now.tv_nsec / 1000000;
+}
+
+/* Whether the memory of an engine that has ended is back by now. */
+static int is_back(int pid, int linger_ms)
+{
+    for (int i = 0; i < MAX_PROCESSES; i++) {
+        if (dead[i].pid && dead[i].pid != pid)
+            continue;
+        if (!dead[i].pid) {
+            dead[i].pid = pid;
+            dead[i].seen_ms = now_ms();
+        }
+        return now_ms() - dead[i].seen_ms >= linger_ms;
+    }
+    return 1;
+}
+
+static void add_holds(State *state)
+{
+    DIR *directory = state->holds[0] ? opendir(state->holds) : NULL;
+    if (!directory)
+        return;
+    struct dirent *entry;
+    while ((entry = readdir(directory))) {
+        int pid = atoi(entry->d_name), lives = pid > 0 && (kill(pid, 0) == 0 || errno == EPERM);
+        char path[800], line[64];
+        snprintf(path, sizeof path, "%s/%s", state->holds, entry->d_name);
+        if (pid <= 0 || strchr(entry->d_name, '.'))
+            continue;
+        if (!lives && is_back(pid, state->linger_ms)) {
+            unlink(path);
+            continue;
+        }
+        FILE *file = fopen(path, "r");
+        unsigned index;
+        unsigned long long size;
+        while (file && fgets(line, sizeof line, file))
+            if (sscanf(line, "%u %llu", &index, &size) == 2 && index < MAX_GPUS) {
+                state->gpu[index].used += size;
+                if (lives && state->processes < MAX_PROCESSES)
+                    state->process[state->processes++] = (Process){index, pid, 'c', size};
+            }
+        if (file)
+            fclose(file);
+    }
+    closedir(directory);
+}
 
 static void read_state(State *state)
 {
@@ -40,7 +103,9 @@ static void read_state(State *state)
         Gpu gpu = {.present = 1};
         Process process;
         unsigned index;
-        if (sscanf(line, "init %d", &state->init) == 1 || sscanf(line, "hang %d", &state->hang_ms) == 1)
+        if (sscanf(line, "init %d", &state->init) == 1 || sscanf(line, "hang %d", &state->hang_ms) == 1
+            || sscanf(line, "silent %d", &state->silent) == 1 || sscanf(line, "linger %d", &state->linger_ms) == 1
+            || sscanf(line, "holds %399[^\n]", state->holds) == 1)
             continue;
         if (sscanf(line, "gpu %u %d %lld %lld %lld %lld %lld %lld %95s %95[^\n]", &index, &gpu.code, &gpu.total, &gpu.used,
                    &gpu.load, &gpu.temperature, &gpu.power, &gpu.limit, gpu.uuid, gpu.name) == 10 && index < MAX_GPUS) {
@@ -53,6 +118,7 @@ static void read_state(State *state)
         }
     }
     fclose(file);
+    add_holds(state);
 }
 
 static int look_up(void *handle, State *state, Gpu *gpu)
@@ -195,6 +261,8 @@ static int list_processes(void *handle, char kind, unsigned *count, ProcessInfo 
     int code = look_up(handle, &state, &gpu);
     if (code)
         return code;
+    if (state.silent)
+        return NOT_SUPPORTED;
     unsigned room = infos ? *count : 0, found = 0;
     for (unsigned i = 0; i < state.processes; i++) {
         Process *process = &state.process[i];

@@ -51,9 +51,20 @@ def build(directory: Path, *, old_init: bool = False, old_processes: bool = Fals
     return directory
 
 
-def write_state(path: Path, gpus: Sequence[FakeGpu], *, init: int = 0, hang_ms: int = 0) -> None:
-    """Put the machine in this state, at once for whoever reads it."""
-    lines = [f"init {init}", f"hang {hang_ms}"]
+def write_state(
+    path: Path,
+    gpus: Sequence[FakeGpu],
+    *,
+    init: int = 0,
+    hang_ms: int = 0,
+    holds: Path | None = None,
+    linger_ms: int = 0,
+    is_silent: bool = False,
+) -> None:
+    """Put the machine in this state, at once for whoever reads it. `holds` is the folder in which scripted engines say
+    what they hold; `linger_ms` how long after their end a driver takes to have it back."""
+    lines = [f"init {init}", f"hang {hang_ms}", f"linger {linger_ms}", f"silent {int(is_silent)}"]
+    lines += [f"holds {holds}"] if holds is not None else []
     for index, gpu in enumerate(gpus):
         figures = f"{gpu.total} {gpu.used} {gpu.load} {gpu.temperature} {gpu.milliwatts} {gpu.limit}"
         lines.append(f"gpu {index} {gpu.code} {figures} GPU-{index:08x} {gpu.name}")

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from running import ScriptedEngine
@@ -13,11 +15,13 @@ from running import ScriptedEngine
 from llamarunner.catalog.catalog import Model, ModelDetails, Weights
 from llamarunner.config.schema import ModelSettings
 from llamarunner.engines.projection import Projection
+from llamarunner.events import RunnerState
 from llamarunner.runners.footprints import Footprints, Measured, footprint_key
 from llamarunner.runners.ledger import Ledger, NoGauge
 from llamarunner.runners.memory import estimate
 from llamarunner.runners.place import Place
 from llamarunner.runners.placement import RAM, Device, Placement
+from llamarunner.runners.runner import Runner
 from llamarunner.runners.waiters import Waiters
 
 GIB = 1024**3
@@ -119,3 +123,25 @@ def test_how_long_a_load_takes_is_known_after_a_restart(tmp_path: Path) -> None:
     assert book.expected_load_s(place) == 3.0
     place.placement = Placement({"gpu0": 1}, 5, devices=("gpu0",))
     assert book.expected_load_s(place) is None  # there it was never loaded
+
+
+async def test_what_a_silent_driver_shows_of_ours_does_not_count_as_others(tmp_path: Path) -> None:
+    """In WSL and in containers the driver names no processes."""
+    machine = Machine((Device(RAM, "RAM", 64 * GIB), Device("gpu0", "GPU 0", 8 * GIB, used_by_others_bytes=5 * GIB)))
+    book = Ledger(machine, Footprints(tmp_path / "footprints.json"))
+    place = a_place()
+    place.placement = Placement({"gpu0": 4 * GIB, RAM: GIB}, 5, devices=("gpu0",))
+    runner = SimpleNamespace(pid=1, load_s=1.0, state=RunnerState.READY)
+    place.runner = cast(Runner, runner)
+    await book.measure(place)
+    assert book.devices()[1].used_by_others_bytes == 5 * GIB  # nothing of it was seen yet, nor said
+    machine.sizes = {RAM: GIB}
+    await book.measure(place)
+    assert book.devices()[1].used_by_others_bytes == GIB
+    machine.sizes = {RAM: GIB, "gpu0": 3 * GIB}
+    await book.measure(place)  # the driver has learnt to tell
+    assert book.devices()[1].used_by_others_bytes == 5 * GIB
+    machine.sizes = {RAM: GIB}
+    await book.measure(place)
+    runner.pid = None  # it has ended
+    assert book.devices()[1].used_by_others_bytes == 5 * GIB
