@@ -27,6 +27,7 @@ from llamarunner.errors import LlamaRunnerError
 from llamarunner.events import Event, EventBus, RunnerChanged, RunnerState
 from llamarunner.gauge import HardwareGauge
 from llamarunner.instance import InstanceFile
+from llamarunner.proxies.clients import Clients
 from llamarunner.proxies.lmstudio.dialect import LMStudioDialect
 from llamarunner.proxies.ollama.dialect import OllamaDialect
 from llamarunner.proxies.proxy import HttpProxy
@@ -63,6 +64,7 @@ class Service:
         self._logs = logs
         self._bus = EventBus()
         self._requests = RequestLog(self._bus)
+        self._clients = Clients(self._config.clients)
         self._guardian = Guardian()
         self._engine_list = EngineList(paths.state_dir() / "engines", self._guardian)
         self._hardware = HardwareSampler(self._engine_pids)
@@ -130,7 +132,7 @@ class Service:
             log_for=self._logs.open,
             ledger=Ledger(HardwareGauge(self._hardware, config.scheduler, self._engine_pids), footprints),
         )
-        relay = Relay(self._manager, lambda: self._catalog, bus=self._bus, session=self._session)
+        relay = Relay(self._manager, lambda: self._catalog, bus=self._bus, session=self._session, clients=self._clients)
         librarian = Librarian(
             self._library,
             self._pulls,
@@ -172,6 +174,7 @@ class Service:
             max_body=self._config.server.max_body,
             request_timeout_s=self._config.server.request_timeout,
             bus=self._bus,
+            client_keys=self._clients.keys,
         )
 
     def _sources(self, manager: RunnerManager) -> Sources:

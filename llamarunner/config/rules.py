@@ -22,6 +22,7 @@ _NO_URL = 'is missing; write the server\'s address, such as "http://192.168.1.30
 def broken_rules(config: Config) -> Iterator[Finding]:
     yield from _names(config)
     yield from _engines(config)
+    yield from _clients(config)
     yield from _addresses(config)
     for path, flags in _flag_tables(config):
         for name in flags:
@@ -88,6 +89,24 @@ def _engines(config: Config) -> Iterator[Finding]:
             yield ("engines", name, key), message
         if engine.is_remote and engine.url is not None and _is_ourselves(engine.url, config):
             yield ("engines", name, "url"), "is this program's own address; name another server's"
+
+
+def _clients(config: Config) -> Iterator[Finding]:
+    keys: dict[str, str] = {}
+    for name, client in config.clients.items():
+        if client.api_key is None and not client.addresses:
+            yield ("clients", name), "nobody can be recognised by it; give it an api_key, or addresses"
+        if client.api_key is None:
+            continue
+        key = client.api_key.get_secret_value()
+        if not _can_be_header(key):
+            yield (
+                ("clients", name, "api_key"),
+                "a key of visible ASCII characters is wanted; write one, or leave it out",
+            )
+        elif key in keys:
+            yield ("clients", name, "api_key"), f'is the key of client "{keys[key]}" too; give each its own'
+        keys[key] = name
 
 
 def _engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:

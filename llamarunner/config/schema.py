@@ -23,6 +23,7 @@ from llamarunner.config.values import (
     Host,
     KeepAlive,
     ModelPath,
+    Network,
     Port,
     Secret,
     Size,
@@ -88,6 +89,17 @@ class LMStudioProxyConfig(ProxyConfig):
 class ProxiesConfig(Section):
     ollama: OllamaProxyConfig = OllamaProxyConfig()
     lmstudio: LMStudioProxyConfig = LMStudioProxyConfig()
+
+
+class ClientConfig(Section):
+    """Who asks, recognised by a key or an address."""
+
+    api_key: Secret | None = None
+    """The key it shows. It opens every proxy that demands one."""
+    addresses: list[Network] = []
+    """Addresses and networks it asks from ("192.168.1.20", "10.0.0.0/8"), where it shows no key."""
+    priority: int = 0
+    """Added to that of the models it asks: its requests go before those with less."""
 
 
 class EngineConfig(Section):
@@ -258,6 +270,7 @@ class ControlConfig(Section):
 class Config(Section):
     server: ServerConfig = ServerConfig()
     proxies: ProxiesConfig = ProxiesConfig()
+    clients: dict[str, ClientConfig] = {}
     engines: dict[str, EngineConfig] = {"default": EngineConfig()}
     defaults: ModelSettings = ModelSettings()
     models: dict[str, ModelConfig] = {}

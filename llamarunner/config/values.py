@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import math
 import os
 import re
@@ -125,6 +126,14 @@ def _host(value: str) -> str:
     return value
 
 
+def _network(value: str) -> str:
+    try:
+        ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError('an address or a network is wanted, such as "192.168.1.20" or "10.0.0.0/8"') from None
+    return value
+
+
 def _variable_name(value: str) -> str:
     if not value or "=" in value or "\0" in value:
         raise ValueError("this cannot be the name of an environment variable")
@@ -152,6 +161,7 @@ Expanded = Annotated[str, BeforeValidator(_expanded)]
 Template = Annotated[str, BeforeValidator(_template)]
 Secret = Annotated[SecretStr, BeforeValidator(_expanded)]
 Host = Annotated[str, AfterValidator(_host)]
+Network = Annotated[str, AfterValidator(_network)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Environment = dict[Annotated[str, AfterValidator(_variable_name)], Expanded]
 TemplateEnvironment = dict[Annotated[str, AfterValidator(_variable_name)], Template]

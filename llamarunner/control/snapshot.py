@@ -101,6 +101,8 @@ class RequestView:
     started_at: float
     stream: bool = False
     user_agent: str = ""
+    client_name: str = ""  # as the configuration calls whoever asks
+    priority: int = 0  # of that client
     status: int | None = None
     error: str = ""
     queue_s: float | None = None  # waiting for room

@@ -39,6 +39,7 @@ class Guard:
     allowed_hosts: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
     api_key: str | None = None
+    client_keys: Sequence[str] = ()  # which open as well what `api_key` opens
 
     def admits_host(self, host_headers: Sequence[str]) -> bool:
         """Exactly one Host header, naming this machine."""
@@ -80,9 +81,15 @@ class Guard:
     def admits_key(self, authorization: str, api_key_header: str) -> bool:
         if self.api_key is None:
             return True
-        scheme, _, token = authorization.partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else api_key_header
-        return hmac.compare_digest(given.encode("utf-8", "replace"), self.api_key.encode())
+        given = shown_key(authorization, api_key_header).encode("utf-8", "replace")
+        matches = [hmac.compare_digest(given, key.encode()) for key in (self.api_key, *self.client_keys)]
+        return any(matches)  # all of them compared, so that the time does not tell which it was
+
+
+def shown_key(authorization: str, api_key_header: str) -> str:
+    """Of the two headers that may hold one; "" where none does."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else api_key_header
 
 
 def host_name(header: str) -> str | None:

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from aiohttp import web
@@ -68,7 +68,9 @@ class HttpProxy:
         max_body: int,
         request_timeout_s: float,
         bus: EventBus,
+        client_keys: Sequence[str] = (),
     ) -> None:
+        """`client_keys` open it as well as the key of its `config`, where that has one."""
         self.dialect = dialect
         self.config = config
         self.host = host
@@ -76,6 +78,7 @@ class HttpProxy:
         self.problem: LlamaRunnerError | None = None
         self._max_body = max_body
         self._request_timeout_s = request_timeout_s
+        self._client_keys = client_keys
         self._bus = bus
         self._runner: web.AppRunner | None = None
 
@@ -146,6 +149,7 @@ class HttpProxy:
             allowed_hosts=self.config.allowed_hosts,
             cors_origins=self.config.cors_origins,
             api_key=key.get_secret_value() if key is not None else None,
+            client_keys=self._client_keys,
         )
         application = web.Application(
             client_max_size=self._max_body,

@@ -22,8 +22,10 @@ from llamarunner.catalog.catalog import Catalog, Model
 from llamarunner.errors import EngineGoneError, EngineRefusalError, LlamaRunnerError
 from llamarunner.events import EventBus, RequestFinished, RequestPhase, RequestStarted, RequestTrace
 from llamarunner.proxies.adapt import adapt
+from llamarunner.proxies.clients import Clients
 from llamarunner.proxies.dialect import TRACE, Dialect, error_response
 from llamarunner.proxies.figures import loggable, note_figures
+from llamarunner.proxies.guard import shown_key
 from llamarunner.proxies.sse import WholeLines
 from llamarunner.proxies.stream import EventStream
 from llamarunner.proxies.upstream import (
@@ -62,8 +64,10 @@ class Relay:
         *,
         bus: EventBus,
         session: aiohttp.ClientSession,
+        clients: Clients | None = None,
     ) -> None:
         self.manager = manager
+        self._clients = clients or Clients({})
         self._catalog = catalog
         self._bus = bus
         self._session = session
@@ -76,12 +80,7 @@ class Relay:
         """`handler` with a trace of its own, and its errors in the dialect's words."""
 
         async def handle(request: web.Request) -> web.StreamResponse:
-            trace = RequestTrace(
-                dialect=dialect.name,
-                endpoint=request.path,
-                client=_client(request),
-                user_agent=request.headers.get("User-Agent", ""),
-            )
+            trace = self._trace(dialect, request)
             request[TRACE] = trace
             self._bus.publish(RequestStarted(trace))
             try:
@@ -104,6 +103,19 @@ class Relay:
             return response
 
         return handle
+
+    def _trace(self, dialect: Dialect, request: web.Request) -> RequestTrace:
+        headers, address = request.headers, _address(request)
+        key = shown_key(headers.get("Authorization", ""), headers.get("X-Api-Key", ""))
+        client = self._clients.recognise(key, address[0])
+        return RequestTrace(
+            dialect=dialect.name,
+            endpoint=request.path,
+            client=":".join(address) if address[0] else "",
+            user_agent=headers.get("User-Agent", ""),
+            client_name=client.name if client is not None else "",
+            priority=client.priority if client is not None else 0,
+        )
 
     @asynccontextmanager
     async def ask(
@@ -268,9 +280,10 @@ async def _wait_ended(lease: Lease) -> None:
         raise await _gone(lease, error) from error
 
 
-def _client(request: web.Request) -> str:
+def _address(request: web.Request) -> tuple[str, str]:
+    """The client's address and port; empty where its connection is gone."""
     peer = request.transport.get_extra_info("peername") if request.transport is not None else None
-    return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else ""
+    return (str(peer[0]), str(peer[1])) if isinstance(peer, tuple) else ("", "")
 
 
 async def _whole(

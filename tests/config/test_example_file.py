@@ -38,10 +38,11 @@ def commented_defaults() -> list[tuple[KeyPath, Any, bool]]:
     return found
 
 
-def sample_keys() -> set[str]:
-    """Keys of the sample models, which have names of their own."""
+def sample_keys(table: str, end: str) -> set[str]:
+    """Keys of sample tables, which have names of their own."""
     text = EXAMPLE.read_text(encoding="utf-8")
-    sample = text[text.index("# [models.") : text.index("[discovery]")]
+    start = text.index(f"# [{table}.")
+    sample = text[start : text.index(end, start)]
     return set(re.findall(r"^# ([a-z_]+) = ", sample, re.MULTILINE))
 
 
@@ -69,7 +70,8 @@ def test_it_loads_with_every_line_taken_out_of_its_comment(tmp_path: Path) -> No
 
 def test_it_names_every_key_of_the_schema_and_no_other() -> None:
     named = {generic(path) for path, _, _ in commented_defaults()}
-    named |= {("models", NAME, key) for key in sample_keys()} | {
+    named |= {("clients", NAME, key) for key in sample_keys("clients", "# ---")}
+    named |= {("models", NAME, key) for key in sample_keys("models", "[discovery]")} | {
         ("models", NAME, *path[1:]) for path in named if path[0] == "defaults"
     }
     known = {path for path, _ in every_key()} | {("models", NAME, "inherits")}
