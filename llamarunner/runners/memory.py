@@ -93,10 +93,17 @@ class Need:
     ram_correction: int = 0  # what was measured less what was estimated
     gpu_correction: int = 0  # likewise, of each GPU
     # worked out once: placing asks for them again and again
+    units: int = field(init=False, repr=False, compare=False)
+    on_first_gpu: int = field(init=False, repr=False, compare=False)
+    on_each_gpu: int = field(init=False, repr=False, compare=False)
     _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of the units on a GPU, from the first
     _ram_from: tuple[int, ...] = field(init=False, repr=False, compare=False)  # of layers, by how many stay in RAM
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "units", len(self.layers) + 1)
+        draft = sum(self.draft.unit_sizes()) + self.draft.compute if self.draft else 0
+        object.__setattr__(self, "on_first_gpu", draft + (self.projector if self.projector_on_gpu else 0))
+        object.__setattr__(self, "on_each_gpu", max(self.compute + GPU_CONTEXT_BYTES + self.gpu_correction, 0))
         object.__setattr__(self, "_ends", (0, *accumulate(self.unit_sizes())))
         kept = 0
         whole: list[int] = [0]
@@ -119,21 +126,13 @@ class Need:
         return self._ends
 
     @property
-    def units(self) -> int:
-        return len(self.layers) + 1
+    def least(self) -> int:
+        """Less memory than this, of all devices together, never holds it."""
+        return self._ends[-1]
 
     @property
     def cache(self) -> int:
         return sum(layer.cache for layer in self.layers)
-
-    @property
-    def on_first_gpu(self) -> int:
-        draft = sum(self.draft.unit_sizes()) + self.draft.compute if self.draft else 0
-        return draft + (self.projector if self.projector_on_gpu else 0)
-
-    @property
-    def on_each_gpu(self) -> int:
-        return max(self.compute + GPU_CONTEXT_BYTES + self.gpu_correction, 0)
 
     def unit_sizes(self) -> tuple[int, ...]:
         """What each layer takes of a GPU it lies on; the output is the last."""

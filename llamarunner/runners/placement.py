@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Literal
 
 from llamarunner.errors import UnsupportedError
@@ -18,6 +19,7 @@ from llamarunner.units import format_size
 RAM = "ram"
 Partial = Literal["offload", "refuse"]
 
+_FREE = attrgetter("free_bytes")
 _HALVINGS = 16  # of the search for the evenest split: finer than any layer
 
 
@@ -32,11 +34,18 @@ class Device:
     used_by_others_bytes: int = 0
     used_by_ours_bytes: int = 0
     uuid: str = ""  # as CUDA_VISIBLE_DEVICES takes it
+    free_bytes: int = field(init=False, compare=False)  # asked for again and again
 
-    @property
-    def free_bytes(self) -> int:
+    def __post_init__(self) -> None:
         taken = self.reserve_bytes + self.used_by_others_bytes + self.used_by_ours_bytes
-        return max(self.total_bytes - taken, 0)
+        object.__setattr__(self, "free_bytes", max(self.total_bytes - taken, 0))
+
+    def holding(self, size: int) -> Device:
+        """With `size` bytes more of ours on it, or less."""
+        ours = max(self.used_by_ours_bytes + size, 0)
+        return Device(
+            self.id, self.name, self.total_bytes, self.reserve_bytes, self.used_by_others_bytes, ours, self.uuid
+        )
 
     @property
     def selector(self) -> str:
@@ -59,13 +68,42 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Nothing fits. `message` has the numbers; `blockers` are those whose leaving would help, as far as it is known."""
+    """Nothing fits: `on`, the device that comes nearest, has too little. `blockers` are those whose leaving would help,
+    as far as it is known."""
 
-    message: str
-    device: str
+    model: str
+    on: Device
     needed_bytes: int
-    free_bytes: int
+    others: int = 0  # further GPUs that would have to take part, and have too little too
     blockers: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> str:
+        return self.on.id
+
+    @property
+    def free_bytes(self) -> int:
+        return self.on.free_bytes
+
+    @property
+    def message(self) -> str:
+        """With the numbers, and who holds the memory."""
+        device = self.on
+        held = (
+            (device.used_by_ours_bytes, "loaded models"),
+            (device.used_by_others_bytes, "other programs"),
+            (device.reserve_bytes, "the reserve"),
+        )
+        parts = ", ".join(f"{format_size(amount)} {who}" for amount, who in held if amount)
+        message = (
+            f"{self.model} needs {format_size(self.needed_bytes)} of {device.name}, which has "
+            f"{format_size(device.free_bytes)} free of {format_size(device.total_bytes)}"
+            + (f" ({parts})" if parts else "")
+        )
+        if self.others:
+            has = "GPUs have" if self.others > 1 else "GPU has"
+            message += f", and {self.others} more {has} too little for the rest"
+        return message
 
 
 def place(
@@ -178,16 +216,21 @@ class _Board:
         self._seen = seen
         # With the most free memory first, so that more memory anywhere never makes a split worse. The engine is shown
         # them in this order too.
-        self._gpus = sorted(gpus, key=lambda gpu: gpu.free_bytes, reverse=True)
+        self._gpus = sorted(gpus, key=_FREE, reverse=True)
         self._as_listed = gpus
         self._hides = hides
         self._ends = need.ends
+        # for layers, of each GPU that takes part
+        each = need.on_each_gpu
+        self._rooms = [gpu.free_bytes - each for gpu in self._gpus]
+        if self._rooms:
+            self._rooms[0] -= need.on_first_gpu
 
     def in_ram(self) -> Placement | Refusal:
         """The engine sees no GPU, or it would take some memory of each for its own ends."""
         size = self._need.on_cpu()
         if self._ram is not None and size > self._ram.free_bytes:
-            return _refused(self._need, self._ram, size)
+            return Refusal(self._need.model, self._ram, size)
         return self._placement([], [], (), size, None)
 
     def on_one(self, layers: int) -> Placement | None:
@@ -200,24 +243,21 @@ class _Board:
 
     def over(self, most: int, layers: int, *, fewest: int = 2) -> Placement | None:
         for count in range(fewest, most + 1):
-            gpus = self._gpus[:count]
-            shares = self._even_shares(gpus, layers)
-            if shares and (found := self._try(gpus, shares)):
+            shares = self._even_shares(count, layers)
+            if shares and (found := self._try(self._gpus[:count], shares)):
                 return found
         return None
 
     def in_part(self) -> Placement | Refusal:
         """As many layers as go on GPUs, on as few of them as take that many, and the rest in RAM."""
-        best: Placement | None = None
-        for count in range(1, len(self._gpus) + 1):
-            gpus, low, high = self._gpus[:count], 0, self._need.units
-            while high - low > 1:  # `low` layers fit
-                middle = (low + high) // 2
-                low, high = (middle, high) if self._even_shares(gpus, middle) else (low, middle)
-            shares = self._even_shares(gpus, low) if low else None
-            if shares and (found := self._try(gpus, shares)) and (best is None or low > (best.gpu_layers or 0)):
-                best = found
-        return best or self.in_ram()
+        low, high = 0, self._need.units
+        while high - low > 1:  # `low` layers fit
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._fits(self._rooms, middle) else (low, middle)
+        if not low:
+            return self.in_ram()
+        fewest = next(n for n in range(1, len(self._gpus) + 1) if self._fits(self._rooms[:n], low))
+        return self.over(len(self._gpus), low, fewest=fewest) or self.in_ram()
 
     def as_told(self, layers: int, least: int) -> Placement | Refusal:
         """Flags number the GPUs: those, in their own order, with the flags' shares or else by their free memory."""
@@ -229,23 +269,27 @@ class _Board:
         allocation = self._need.on_gpus(split_layers(weights, layers))
         for gpu, size in zip(gpus, allocation.gpus, strict=True):
             if size > gpu.free_bytes:
-                return _refused(self._need, gpu, size)
+                return Refusal(self._need.model, gpu, size)
         assert self._ram is not None
-        return _refused(self._need, self._ram, allocation.ram)
+        return Refusal(self._need.model, self._ram, allocation.ram)
 
     def refusal(self, layers: int) -> Refusal:
         """For the GPU that comes nearest, or RAM where that is what lacks."""
         alone = self._need.on_gpus((layers,))
         if self._ram is not None and alone.ram > self._ram.free_bytes:
-            return _refused(self._need, self._ram, alone.ram)
-        return _refused(self._need, self._gpus[0], alone.gpus[0], self._gpus[1:])
+            return Refusal(self._need.model, self._ram, alone.ram)
+        return Refusal(self._need.model, self._gpus[0], alone.gpus[0], len(self._gpus) - 1)
 
-    def _even_shares(self, gpus: Sequence[Device], layers: int) -> tuple[int, ...] | None:
-        """Layers for each GPU in proportion to its free memory, as nearly as whole layers allow; None if they do not
-        fit. Layers lie one after the other, so filling each GPU in turn fits whenever anything does."""
-        rooms = [gpu.free_bytes - self._need.on_each_gpu for gpu in gpus]
-        rooms[0] -= self._need.on_first_gpu
-        if sum(room for room in rooms if room > 0) < self._ends[-1] - self._ends[self._need.units - layers]:
+    def _fits(self, rooms: Sequence[int], layers: int) -> bool:
+        """Layers lie one after the other, so filling each GPU in turn fits whenever anything does."""
+        size = self._ends[-1] - self._ends[self._need.units - layers]
+        return sum(room for room in rooms if room > 0) >= size and self._fill(rooms, layers) is not None
+
+    def _even_shares(self, count: int, layers: int) -> tuple[int, ...] | None:
+        """Layers for each of the first `count` GPUs in proportion to its free memory, as nearly as whole layers allow;
+        None if they do not fit."""
+        rooms = self._rooms[:count]
+        if not self._fits(rooms, layers):
             return None
         best = self._fill(rooms, layers)
         low, high = 0.0, 1.0
@@ -306,20 +350,3 @@ def split_layers(weights: Sequence[float], layers: int) -> tuple[int, ...]:
     for number in range(layers):
         shares[next((i for i, end in enumerate(ends) if end > number / layers), len(weights) - 1)] += 1
     return tuple(shares)
-
-
-def _refused(need: Need, device: Device, size: int, others: Sequence[Device] = ()) -> Refusal:
-    """With who holds the memory."""
-    held = (
-        (device.used_by_ours_bytes, "loaded models"),
-        (device.used_by_others_bytes, "other programs"),
-        (device.reserve_bytes, "the reserve"),
-    )
-    parts = ", ".join(f"{format_size(amount)} {who}" for amount, who in held if amount)
-    message = (
-        f"{need.model} needs {format_size(size)} of {device.name}, which has {format_size(device.free_bytes)} free"
-        f" of {format_size(device.total_bytes)}" + (f" ({parts})" if parts else "")
-    )
-    if others:
-        message += f", and {len(others)} more GPU{'s have' if len(others) > 1 else ' has'} too little for the rest"
-    return Refusal(message, device.id, size, device.free_bytes)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamarunner.runners.memory import Need
-from llamarunner.runners.placement import Device, Partial, Placement, Refusal, place
+from llamarunner.runners.placement import RAM, Device, Partial, Placement, Refusal, place
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,11 @@ def plan_room(
                 low = middle
         assert isinstance(found, Placement)
         leaving = list(candidates[:high])
+        # mostly they are in the way on one or two of the devices
+        there = [holder for holder in leaving if not found.bytes_by_device.keys().isdisjoint(_held(holder))]
+        if len(there) < len(leaving) - 1 and _is_as_good(again := attempt(there, how), layers):
+            assert isinstance(again, Placement)
+            leaving, found = there, again
         for holder in reversed(leaving[:-1]):  # the last was needed; of the others the most precious may stay first
             fewer = [other for other in leaving if other is not holder]
             if _is_as_good(again := attempt(fewer, how), layers) and not isinstance(again, Refusal):
@@ -74,7 +79,7 @@ def plan_room(
         return room
     refused = attempt(going, "refuse")
     assert isinstance(refused, Refusal)
-    if waiting := least(later, "refuse", None):
+    if len(later) > len(going) and (waiting := least(later, "refuse", None)):
         blockers = tuple(holder.name for holder in later if holder.name in waiting.evict and not holder.evictable)
         return replace(refused, blockers=blockers)
     if partial == "offload":
@@ -82,6 +87,12 @@ def plan_room(
         if isinstance(best, Placement):
             return least(going, "offload", best.gpu_layers or 0) or Room(tuple(h.name for h in going), best)
     return refused
+
+
+def _held(holder: Holder) -> list[str]:
+    """The devices it holds anything of, but RAM where it has a GPU: there is mostly enough of that."""
+    devices = [device for device, size in holder.bytes_by_device.items() if size]
+    return [device for device in devices if device != RAM] or devices
 
 
 def _is_as_good(found: Placement | Refusal, layers: int | None) -> bool:
@@ -96,9 +107,4 @@ def without(devices: Sequence[Device], leaving: Iterable[Holder]) -> tuple[Devic
     for holder in leaving:
         for device_id, size in holder.bytes_by_device.items():
             held[device_id] = held.get(device_id, 0) + size
-    return tuple(
-        replace(device, used_by_ours_bytes=max(device.used_by_ours_bytes - held[device.id], 0))
-        if held.get(device.id)
-        else device
-        for device in devices
-    )
+    return tuple(device.holding(-held[device.id]) if device.id in held else device for device in devices)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from llamarunner.errors import UnsupportedError
 from llamarunner.events import RunnerState
@@ -30,6 +30,7 @@ from llamarunner.runners.room import Holder, plan_room, without
 from llamarunner.units import format_duration, format_size
 
 _CLEARED_AT_ONCE = 4  # models that room is sought for and cannot be had yet; who comes after takes what is free
+_FITTED_AT_ONCE = 4  # of those; the rest is seen to when something changes
 _LINGER_SHARE = 0.2  # of the minimum residency: idle for so long, a model is not in use
 _LOOK_AT_OTHERS_S = 5.0  # how often what other programs hold is looked at
 _LEAVING = (RunnerState.DRAINING, RunnerState.STOPPING)
@@ -200,6 +201,7 @@ class _House:
     def __init__(self, facts: Facts, leaving: set[str]) -> None:
         self.actions: list[Action] = []
         self.waiting_for_room = 0
+        self._fitted = 0  # who were tried where nobody leaves for them
         self._facts = facts
         self._going = {r.model for r in facts.residents if r.model in leaving or r.state in _LEAVING}
         self._staying = [resident for resident in facts.residents if resident.model not in self._going]
@@ -216,8 +218,7 @@ class _House:
         if not waiting.is_local:
             self.actions.append(Load(waiting.model))
             return
-        if self.waiting_for_room >= _CLEARED_AT_ONCE:
-            self._take_what_is_free(waiting)
+        if self._take_what_is_free(waiting) or self.waiting_for_room >= _CLEARED_AT_ONCE:
             return
         has_place = self._places > 0
         if refusal := self._hopeless(waiting) or self._never_beside(waiting):
@@ -241,28 +242,39 @@ class _House:
                 placement, is_loaded = self._load(waiting, placement)
         if not is_loaded:
             self.waiting_for_room += 1
-        if placement is not None:  # theirs from now on, though it may take a while until it is free
-            self._then = _with_held(without(self._then, self._among(evict)), [placement.bytes_by_device])
+        if placement is not None:
+            self._then = without(self._then, self._among(evict))
             self._freed = [holder for holder in self._freed if holder.name not in evict]
-        if placement is not None or waiting.apart:
-            held = placement.bytes_by_device if placement is not None else {}
-            coming = Resident(waiting.model, RunnerState.LOADING, waiters=1, held=held, apart=waiting.apart)
-            self._staying.append(coming)  # whoever comes after may wait for it to leave again
+        self._promise(waiting, placement)
 
-    def _take_what_is_free(self, waiting: Waiting) -> None:
-        """Nobody leaves for it, and nothing is kept for it."""
+    def _take_what_is_free(self, waiting: Waiting) -> bool:
+        """Whether it is whole where nobody need leave for it."""
         if self._places <= 0 or waiting.need is None or not self._then:
-            return
-        if waiting.apart and any(waiting.apart & r.apart for r in self._facts.residents):
-            return
+            return False
+        if waiting.apart and any(waiting.apart & r.apart for r in (*self._staying, *self._facts.residents)):
+            return False
+        if self.waiting_for_room >= _CLEARED_AT_ONCE:
+            if self._fitted == _FITTED_AT_ONCE or waiting.need.least > sum(device.free_bytes for device in self._now):
+                return False
+            self._fitted += 1
         try:
             fits = self._place(waiting, _fuller(self._now, self._then), partial="refuse")
         except UnsupportedError:
-            return  # told when its turn comes
-        if not isinstance(fits, Refusal):
-            self._places -= 1
-            self._give(waiting, fits)
-            self._then = _with_held(self._then, [fits.bytes_by_device])
+            return False  # what is wrong is told when its turn comes
+        if isinstance(fits, Refusal):
+            return False
+        self._places -= 1
+        self._give(waiting, fits)
+        self._promise(waiting, fits)
+        return True
+
+    def _promise(self, waiting: Waiting, placement: Placement | None) -> None:
+        """Theirs from now on, though it may take a while until it is free."""
+        held = placement.bytes_by_device if placement is not None else {}
+        self._then = _with_held(self._then, [held])
+        if held or waiting.apart:  # whoever comes after may wait for it to leave again
+            coming = Resident(waiting.model, RunnerState.LOADING, waiters=1, held=held, apart=waiting.apart)
+            self._staying.append(coming)
 
     def _is_patient(self, waiting: Waiting, resident: Resident) -> bool:
         """Whether it lets the resident go on taking requests."""
@@ -412,10 +424,7 @@ def _order(resident: Resident) -> tuple[float, float]:
 
 def _with_held(devices: Sequence[Device], held: Sequence[Mapping[str, int]]) -> tuple[Device, ...]:
     return tuple(
-        replace(device, used_by_ours_bytes=device.used_by_ours_bytes + size)
-        if (size := sum(each.get(device.id, 0) for each in held))
-        else device
-        for device in devices
+        device.holding(size) if (size := sum(each.get(device.id, 0) for each in held)) else device for device in devices
     )
 
 

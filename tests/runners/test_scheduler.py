@@ -1,16 +1,12 @@
-"""The scheduler's rules, one by one, and its promises over random histories of a simulated machine."""
+"""The scheduler's rules, one by one. What it promises over any history: `test_scheduler_promises.py`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
 from llamarunner.events import RunnerState
-from llamarunner.runners.scheduler import Drain, Facts, Load, Resident, Unload, Waiting, decide
+from llamarunner.runners.scheduler import Decision, Drain, Facts, Load, Refuse, Resident, Unload, Waiting, decide
 
 READY, LOADING, DRAINING, STOPPING = (
     RunnerState.READY,
@@ -106,113 +102,69 @@ def test_keep_alive_zero_leaves_at_once() -> None:
     assert decide(facts([used])).actions == (Unload("a", "unloaded after use: keep_alive 0"),)
 
 
-class Machine(RuleBasedStateMachine):
-    """A machine with room for two, six models, and requests that come, end and give up at any moment."""
-
-    models = st.sampled_from("abcdef")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-        self.runners: dict[str, Resident] = {}
-        self.waiters: dict[str, list[float]] = {}
-        self.max_loaded, self.max_wait_s = 2, 30.0
-
-    def act(self) -> None:
-        waiting = sorted((Waiting(m, since[0]) for m, since in self.waiters.items() if since), key=lambda w: w.since)
-        residents = [self._with_waiters(r) for r in self.runners.values()]
-        decision = decide(Facts(self.now, residents, waiting, self.max_wait_s, self.max_loaded))
-        for action in decision.actions:
-            match action:
-                case Load(model):
-                    assert model not in self.runners, "spawned twice"
-                    self.runners[model] = Resident(model, LOADING)
-                case Unload(model):
-                    runner = self.runners[model]
-                    assert runner.leases == 0, "an answer was cut"
-                    assert not runner.pinned, "a pinned model was unloaded"
-                    self._set(model, state=STOPPING)
-                case Drain(model):
-                    self._set(model, state=DRAINING)
-        for model, runner in list(self.runners.items()):
-            if runner.state is DRAINING and runner.leases == 0:
-                self._set(model, state=STOPPING)
-
-    def _with_waiters(self, runner: Resident) -> Resident:
-        return self._changed(runner, waiters=len(self.waiters.get(runner.model, ())))
-
-    @staticmethod
-    def _changed(runner: Resident, **changes: object) -> Resident:
-        names = ("model", "state", "leases", "waiters", "pinned", "idle_since", "keep_alive_s")
-        return Resident(**{name: changes.get(name, getattr(runner, name)) for name in names})
-
-    def _set(self, model: str, **changes: object) -> None:
-        self.runners[model] = self._changed(self.runners[model], **changes)
-
-    @rule(model=models)
-    def request(self, model: str) -> None:
-        runner = self.runners.get(model)
-        if runner is not None and runner.state is READY:
-            self._set(model, leases=runner.leases + 1, idle_since=None)
-        else:
-            self.waiters.setdefault(model, []).append(self.now)
-        self.act()
-
-    @rule(model=models)
-    def give_up(self, model: str) -> None:
-        if self.waiters.get(model):
-            self.waiters[model].pop()
-        self.act()
-
-    @precondition(lambda self: any(r.state is LOADING for r in self.runners.values()))
-    @rule()
-    def load_ends(self) -> None:
-        model = next(m for m, r in self.runners.items() if r.state is LOADING)
-        waiters = self.waiters.pop(model, [])
-        self._set(model, state=READY, leases=len(waiters), keep_alive_s=60.0, idle_since=None if waiters else self.now)
-        self.act()
-
-    @precondition(lambda self: any(r.leases for r in self.runners.values()))
-    @rule()
-    def answer_ends(self) -> None:
-        model, runner = next((m, r) for m, r in self.runners.items() if r.leases)
-        self._set(model, leases=runner.leases - 1, idle_since=self.now if runner.leases == 1 else None)
-        self.act()
-
-    @precondition(lambda self: any(r.state is STOPPING for r in self.runners.values()))
-    @rule()
-    def stop_ends(self) -> None:
-        del self.runners[next(m for m, r in self.runners.items() if r.state is STOPPING)]
-        self.act()
-
-    @rule(seconds=st.floats(0.1, 50))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-        self.act()
-
-    @invariant()
-    def no_more_than_fit(self) -> None:
-        assert len(self.runners) <= self.max_loaded
-
-    @invariant()
-    def every_waiter_is_served_in_the_end(self) -> None:
-        """From any moment on, if loads, answers and stops come to their end, nobody waits for ever."""
-        copy = Machine()
-        copy.now, copy.runners = self.now, dict(self.runners)
-        copy.waiters = {model: list(since) for model, since in self.waiters.items()}
-        for _ in range(200):
-            if not any(copy.waiters.values()):
-                return
-            if any(r.state is LOADING for r in copy.runners.values()):
-                copy.load_ends()
-            elif any(r.state is STOPPING for r in copy.runners.values()):
-                copy.stop_ends()
-            elif any(r.leases for r in copy.runners.values()):
-                copy.answer_ends()
-            else:
-                copy.time_passes(1.0)
-        raise AssertionError(f"still waiting: {copy.waiters}")
+def test_who_has_priority_is_loaded_first() -> None:
+    waiting = [Waiting("first", 90), Waiting("second", 91), Waiting("urgent", 95, priority=3)]
+    assert decide(facts(waiting=waiting, max_loaded=2)).actions == (Load("urgent"), Load("first"))
 
 
-TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+def test_who_has_waited_long_goes_before_any_priority() -> None:
+    waiting = [Waiting("old", 40), Waiting("older", 39), Waiting("urgent", 95, priority=3)]
+    assert decide(facts(waiting=waiting, max_loaded=2)).actions == (Load("older"), Load("old"))
+
+
+def test_a_priority_higher_than_what_a_model_answers_closes_its_doors_at_once() -> None:
+    busy = Resident("busy", READY, leases=1, priority=1)
+    assert decide(facts([busy], [Waiting("b", 99, priority=1)])).actions == ()
+    decision = decide(facts([busy], [Waiting("b", 99, priority=2)]))
+    assert decision.actions == (Drain("busy", "makes room for b, which goes first: priority 2"),)
+
+
+def residency(now: float, *, idle_since: float, waits_since: float = 99.0) -> Decision:
+    """Of a model that became ready at 100 and a minimum residency of 10 s."""
+    young = Resident("young", READY, idle_since=idle_since, keep_alive_s=300, ready_since=100)
+    waiting = [Waiting("b", waits_since)]
+    return decide(Facts(now, [young], waiting, 60, max_loaded=1, min_residency_s=10))
+
+
+def test_a_model_just_loaded_stays_while_it_is_used() -> None:
+    assert residency(105, idle_since=104).actions == ()
+    assert residency(105, idle_since=104).wake_at == 106, "a fifth of the residency after it was last used"
+    assert residency(109, idle_since=108.5).wake_at == 110, "its residency ends"
+    assert residency(110, idle_since=109.9).actions == (Unload("young", "evicted for b"),)
+
+
+def test_a_model_just_loaded_that_nobody_asks_again_may_leave() -> None:
+    assert residency(103, idle_since=101).actions == (Unload("young", "evicted for b"),)
+
+
+def test_residency_does_not_hold_off_one_who_waited_long() -> None:
+    assert residency(105, idle_since=104.9, waits_since=40).actions == (Unload("young", "evicted for b"),)
+
+
+BIG = frozenset({"big"})
+
+
+def together(residents: Sequence[Resident], waiting: Sequence[Waiting], now: float = 100.0) -> tuple[object, ...]:
+    return decide(Facts(now, residents, waiting, 60)).actions
+
+
+def test_of_those_never_together_one_is_loaded_at_a_time() -> None:
+    waiting = [Waiting("a", 98, apart=BIG), Waiting("b", 99, apart=BIG), Waiting("c", 99)]
+    assert together([], waiting) == (Load("a"), Load("c"))
+
+
+def test_one_never_together_with_another_makes_it_leave_first() -> None:
+    idle = Resident("a", READY, idle_since=90, keep_alive_s=300, apart=BIG)
+    waiting = [Waiting("b", 99, apart=BIG)]
+    assert together([idle], waiting) == (Unload("a", "evicted for b: never together, by the tag 'big'"),)
+    assert together([Resident("a", STOPPING, apart=BIG)], waiting) == (), "not before it is gone"
+    assert together([Resident("a", READY, leases=1, apart=BIG)], waiting) == ()
+    drained = Drain("a", "makes room for b, which waited 1m00s")
+    assert together([Resident("a", READY, leases=1, apart=BIG)], [Waiting("b", 40, apart=BIG)]) == (drained,)
+
+
+def test_one_never_together_with_a_model_that_stays_is_refused() -> None:
+    stays = Resident("a", READY, idle_since=90, pinned=True, apart=BIG)
+    (refused,) = together([stays], [Waiting("b", 99, apart=BIG)])
+    assert isinstance(refused, Refuse)
+    assert refused.message == "b is never loaded beside a, which stays (both have the tag 'big')"

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
-
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llamarunner.events import RunnerState
 from llamarunner.runners.memory import Layer, Need
-from llamarunner.runners.placement import RAM, Device, Placement
-from llamarunner.runners.scheduler import Drain, Facts, Load, Refuse, Resident, Unload, Waiting, decide
+from llamarunner.runners.placement import RAM, Device
+from llamarunner.runners.scheduler import Decision, Drain, Facts, Load, Refuse, Resident, Unload, Waiting, decide
 
 GIB = 1024**3
 READY, LOADING, DRAINING, STOPPING = (
@@ -146,113 +141,26 @@ def test_without_knowledge_of_memory_it_loads() -> None:
     assert actions([], [Waiting("remote", 99, None)], [ram(1)]) == [Load("remote")]
 
 
-class Machine(RuleBasedStateMachine):
-    """Memory for some of six models of different sizes, beside a foreign program that takes and gives back."""
-
-    sizes: ClassVar = {"a": 1, "b": 2, "c": 3, "d": 5, "e": 7, "f": 20}
-    models = st.sampled_from(sorted(sizes))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.others = 0.0, 0
-        self.runners: dict[str, Resident] = {}
-        self.waiters: dict[str, list[float]] = {}
-        self.refused = 0
-
-    def devices(self) -> list[Device]:
-        return [ram(10, self.others)]
-
-    def act(self) -> None:
-        waiting = sorted(
-            (Waiting(m, since[0], need(m, self.sizes[m])) for m, since in self.waiters.items() if since),
-            key=lambda each: each.since,
-        )
-        residents = [replace(r, waiters=len(self.waiters.get(r.model, ()))) for r in self.runners.values()]
-        for action in decide(Facts(self.now, residents, waiting, 30, devices=self.devices())).actions:
-            match action:
-                case Load(model, placement):
-                    assert model not in self.runners, "spawned twice"
-                    assert isinstance(placement, Placement)
-                    held = sum(sum(r.held.values()) for r in self.runners.values())
-                    free = 10 * GIB - self.others * GIB - held
-                    assert sum(placement.bytes_by_device.values()) <= free, "more was given than there is"
-                    self.runners[model] = Resident(model, LOADING, held=placement.bytes_by_device)
-                case Unload(model):
-                    runner = self.runners[model]
-                    assert runner.leases == 0, "an answer was cut"
-                    self.runners[model] = replace(runner, state=STOPPING)
-                case Drain(model):
-                    self.runners[model] = replace(self.runners[model], state=DRAINING)
-                case Refuse(model):
-                    assert self.sizes[model] > 10 - self.others, "it would have fitted"
-                    self.waiters.pop(model)
-                    self.refused += 1
-        for model, runner in self.runners.items():
-            if runner.state is DRAINING and runner.leases == 0:
-                self.runners[model] = replace(runner, state=STOPPING)
-
-    @rule(model=models)
-    def request(self, model: str) -> None:
-        runner = self.runners.get(model)
-        if runner is not None and runner.state is READY:
-            self.runners[model] = replace(runner, leases=runner.leases + 1, idle_since=None)
-        else:
-            self.waiters.setdefault(model, []).append(self.now)
-        self.act()
-
-    @rule(gib=st.integers(0, 6))
-    def others_take(self, gib: int) -> None:
-        """No more than is free: the kernel would not give it either."""
-        held = sum(sum(r.held.values()) for r in self.runners.values()) // GIB
-        self.others = min(gib, 10 - held)
-        self.act()
-
-    @precondition(lambda self: any(r.state is LOADING for r in self.runners.values()))
-    @rule()
-    def load_ends(self) -> None:
-        model, runner = next((m, r) for m, r in self.runners.items() if r.state is LOADING)
-        leases = len(self.waiters.pop(model, []))
-        idle_since = None if leases else self.now
-        self.runners[model] = replace(runner, state=READY, leases=leases, keep_alive_s=60.0, idle_since=idle_since)
-        self.act()
-
-    @precondition(lambda self: any(r.leases for r in self.runners.values()))
-    @rule()
-    def answer_ends(self) -> None:
-        model, runner = next((m, r) for m, r in self.runners.items() if r.leases)
-        idle_since = self.now if runner.leases == 1 else None
-        self.runners[model] = replace(runner, leases=runner.leases - 1, idle_since=idle_since)
-        self.act()
-
-    @precondition(lambda self: any(r.state is STOPPING for r in self.runners.values()))
-    @rule()
-    def stop_ends(self) -> None:
-        del self.runners[next(m for m, r in self.runners.items() if r.state is STOPPING)]
-        self.act()
-
-    @rule(seconds=st.floats(0.1, 50))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
-        self.act()
-
-    @invariant()
-    def everybody_is_served_or_refused_in_the_end(self) -> None:
-        copy = Machine()
-        copy.now, copy.others, copy.runners = self.now, self.others, dict(self.runners)
-        copy.waiters = {model: list(since) for model, since in self.waiters.items()}
-        for _ in range(200):
-            if not any(copy.waiters.values()):
-                return
-            if any(r.state is LOADING for r in copy.runners.values()):
-                copy.load_ends()
-            elif any(r.state is STOPPING for r in copy.runners.values()):
-                copy.stop_ends()
-            elif any(r.leases for r in copy.runners.values()):
-                copy.answer_ends()
-            else:
-                copy.time_passes(1.0)
-        raise AssertionError(f"still waiting: {copy.waiters}, {copy.runners}")
+def yielding(residents: Sequence[Resident], others_gib: float, *, yields: bool = True) -> Decision:
+    device = replace(ram(10, others_gib), reserve_bytes=GIB)
+    return decide(Facts(100, residents, [], 60, devices=[device], yields=yields))
 
 
-TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=100, stateful_step_count=25, deadline=None)
+def test_idle_models_give_way_to_other_programs_as_far_as_they_must() -> None:
+    residents = [resident("old", 3, idle_since=10), resident("new", 3, idle_since=90), resident("busy", 1, leases=1)]
+    assert yielding(residents, 2).actions == ()
+    decision = yielding(residents, 4)
+    assert decision.actions == (Unload("old", "gives way to other programs, which hold 4.0 GiB of RAM"),)
+    assert decision.wake_at == 105, "it looks again"
+    both = [action.model for action in yielding(residents, 9.5).actions]
+    assert both == ["old", "new"], "and never the one that answers"
+    assert yielding(residents, 9.5, yields=False).actions == ()
+
+
+def test_a_small_model_behind_many_that_wait_for_room_takes_what_is_free() -> None:
+    busy = resident("busy", 7, leases=1)
+    blocked = [Waiting(name, 90, need(name, 6)) for name in "abcdef"]
+    found = loads(actions([busy], [*blocked, Waiting("small", 99, need("small", 1))], [ram(10)]))
+    assert found == {"small": {RAM: GIB}}
+    two = [Waiting("small", 98, need("small", 2)), Waiting("smaller", 99, need("smaller", 2))]
+    assert loads(actions([busy], [*blocked, *two], [ram(10)])) == {"small": {RAM: 2 * GIB}}
