@@ -153,6 +153,7 @@ class RunnerManager:
         if not place.can_serve_now(demand):
             await self._ledger.estimate(place, self._engines.get(place.model.settings.engine), demand)
             self._refuse_when_closing()
+            place = replicas.choose(places, demand, time.monotonic(), avoid)  # others came meanwhile
         if place.can_serve_now(demand) and place.runner is not None:
             self._count_lease(place, keep_alive_s, priority)
             return place, place.runner
