@@ -60,8 +60,10 @@ class Disk:
         self._statuses: dict[str, Status | None] = {}
         self._listings: dict[str, tuple[Status, int, Listing]] = {}  # with the folder's state and the time of the look
         self._listed: set[str] = set()
+        self._began = 0
 
     def begin(self) -> None:
+        self._began = time.time_ns()
         self._statuses = {}
         self._listings = {path: known for path, known in self._listings.items() if path in self._listed}
         self._listed = set()
@@ -107,6 +109,8 @@ class Disk:
         """Whether all that was looked at since `begin` is as it was."""
         if any(_is_fresh(*self._listings[folder][:2]) for folder in self._listed):
             return False
+        if any(status is not None and _is_fresh(status, self._began) for status in self._statuses.values()):
+            return False
         return all(_status(path) == known for path, known in self._statuses.items())
 
 
@@ -119,7 +123,9 @@ def _status(path: str) -> Status | None:
 
 
 def _is_fresh(status: Status, looked_at: int) -> bool:
-    return looked_at - status.mtime_ns < _TICK_NS
+    """Whether it changed so shortly before the look that a change right after it would not show. (A time stamp far in
+    the future is one of another clock, and any change of ours will differ from it.)"""
+    return abs(looked_at - status.mtime_ns) < _TICK_NS
 
 
 def _list(folder: str) -> Listing:

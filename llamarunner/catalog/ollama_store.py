@@ -37,6 +37,7 @@ def ollama_folders(environ: Mapping[str, str]) -> list[str]:
 class _Read:
     """A manifest with its small blobs, as long as all its files are as they were."""
 
+    manifest: Manifest
     statuses: tuple[Status | None, ...]
     found: Found | None
 
@@ -70,8 +71,8 @@ class OllamaStore:
         except ManifestError as error:
             return Found("", names, self.source, problem=error.message, hint=_AGAIN)
         statuses = (disk.status(path), *(disk.status(self._blob(disk, layer)) for layer in manifest.blobs))
-        if before is None or before.statuses != statuses:
-            before = _Read(statuses, self._understood(disk, manifest, names))
+        if before is None or (before.manifest, before.statuses) != (manifest, statuses):
+            before = _Read(manifest, statuses, self._understood(disk, manifest, names))
         self._read[path] = before
         return before.found
 

@@ -8,9 +8,10 @@ import random
 from pathlib import Path
 
 import pytest
-from gguf_file import gguf_bytes, projector_bytes, write_model
+from gguf_file import gguf_bytes, model_bytes, projector_bytes, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ollama_folder import add_model
 
 from llamarunner.catalog import disk, headers
 from llamarunner.catalog.details import read_details
@@ -186,7 +187,7 @@ def age(*paths: Path) -> None:
 def test_an_unchanged_tree_is_neither_listed_nor_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
         write_model(tmp_path / f"{number % 4}/m{number}.gguf")
-    age(tmp_path, *(tmp_path / str(number) for number in range(4)))
+    age(tmp_path, *tmp_path.rglob("*"))
     looks = discovery(tmp_path)
     catalog = looks.look()
     assert len(catalog) == 20
@@ -217,7 +218,7 @@ def test_every_kind_of_change_is_seen(tmp_path: Path, change: str) -> None:
     write_model(path)
     (tmp_path / "elsewhere").mkdir()
     (root / "link").symlink_to(tmp_path / "elsewhere/later")
-    age(root, path.parent)
+    age(root, path.parent, path)
     looks = discovery(root, tmp_path / "second")
     before = looks.look()
     match change:
@@ -240,19 +241,44 @@ def test_every_kind_of_change_is_seen(tmp_path: Path, change: str) -> None:
     assert looks.look() is after
 
 
-def test_random_changes_end_in_what_a_first_look_sees(tmp_path: Path) -> None:
-    chance, looks = random.Random(7), discovery(tmp_path)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_changes_end_in_what_a_first_look_sees(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    folder, store, hub = tmp_path / "models", tmp_path / "ollama", tmp_path / "hub"
+    found = DiscoveryConfig(folders=[folder], library=tmp_path / "library")
+    environ = {"HOME": str(tmp_path), "OLLAMA_MODELS": str(store), "HF_HUB_CACHE": str(hub)}
+    looks = Discovery(Config(discovery=found), environ=environ)
     for _ in range(60):
-        path = tmp_path / chance.choice("ab") / chance.choice("cd") / f"{chance.randrange(4)}.gguf"
-        match chance.randrange(4):
-            case 0 | 1:
-                write_model(path, chance.choice(("llama", "qwen3")), x=chance.randrange(100))
-            case 2:
-                path.unlink(missing_ok=True)
-            case _:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                (path.parent / "mmproj.gguf").write_bytes(projector_bytes(chance.randrange(1, 99)))
-        assert list(looks.look()) == list(discovery(tmp_path).look())
+        _change(chance, folder, store, hub, tmp_path / ".lmstudio/models")
+        fresh = Discovery(Config(discovery=found), environ=environ).look()
+        assert list(looks.look()) == list(fresh)
+        for model in fresh:
+            assert all(fresh.find(name) is model for name in (model.name, *model.aliases))
+
+
+def _change(chance: random.Random, folder: Path, store: Path, hub: Path, studio: Path) -> None:
+    """One thing on the disk, added, replaced or taken away."""
+    model = model_bytes(chance.choice(("llama", "qwen3")), x=chance.randrange(4))
+    path = chance.choice((folder, folder / "a", studio / "p/r", hub / "models--o--r/snapshots/1"))
+    path /= f"{chance.choice('abc')}.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blobs = [blob for blob in store.glob("blobs/*") if blob.is_file()]
+    match chance.randrange(6):
+        case 0:
+            path.write_bytes(model)
+        case 1:
+            path.unlink(missing_ok=True)
+        case 2:
+            (path.parent / "mmproj.gguf").write_bytes(projector_bytes(chance.randrange(1, 9)))
+        case 3 | 4:
+            layers = [("model", model), ("system", chance.choice("xy")), ("projector", projector_bytes())]
+            add_model(store, f"m/{chance.choice('12')}", *layers[: chance.randrange(1, 4)])
+        case _ if blobs:
+            path.unlink(missing_ok=True)
+            chance.choice((path.symlink_to, lambda blob: blob.unlink()))(chance.choice(sorted(blobs)))
+        case _:
+            (path.parent / "link.gguf").unlink(missing_ok=True)
+            (path.parent / "link.gguf").symlink_to(path)
 
 
 def test_a_cache_is_loaded_and_saved_by_the_first_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
