@@ -59,6 +59,9 @@ def discovered(name: str, found: Found, settings: ModelSettings, files: Files) -
 
 def _as_manifest_tells(model: Model, found: Found) -> Model:
     details, preset = model.details, model.preset
+    context = preset.parameters.get("num_ctx")
+    if isinstance(context, int) and not isinstance(context, bool) and context > 0:
+        model = replace(model, settings=model.settings.model_copy(update={"context": context}))
     told = found.capabilities
     if not details.chat_template:
         told -= {Capability.TOOLS}  # llama.cpp's own templates have no place for them

@@ -48,7 +48,7 @@ def test_a_model_with_all_that_a_manifest_can_name(store: Path) -> None:
         ("adapter", adapter),
         ("template", CHATML),
         ("system", "Be kind."),
-        ("params", {"temperature": 0.6, "stop": ["<|im_end|>", "x"]}),
+        ("params", {"temperature": 0.6, "stop": ["<|im_end|>", "x"], "num_ctx": 1234}),
         ("messages", [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]),
         ("license", "MIT"),
         ("license", "and more"),
@@ -58,7 +58,8 @@ def test_a_model_with_all_that_a_manifest_can_name(store: Path) -> None:
     assert model.path == blob(store, MODEL)
     assert model.mmproj == blob(store, projector_bytes())
     assert model.adapters == (blob(store, adapter),)
-    assert model.preset.parameters == {"temperature": 0.6, "stop": ["<|im_end|>", "x"]}
+    assert model.preset.parameters == {"temperature": 0.6, "stop": ["<|im_end|>", "x"], "num_ctx": 1234}
+    assert model.context == 1234
     assert (model.preset.system, model.preset.template) == ("Be kind.", CHATML)
     assert [message["content"] for message in model.preset.messages] == ["hi", "yo"]
     assert model.preset.licenses == ("MIT", "and more")

@@ -17,6 +17,7 @@ from llamarunner.proxies.ollama.errors import OptionError
 from llamarunner.proxies.ollama.fields import check_request
 from llamarunner.proxies.ollama.messages import text_only
 from llamarunner.proxies.ollama.options import effective, unknown
+from llamarunner.proxies.ollama.preset import lay_under
 
 ALL = frozenset(Capability) - {Capability.EMBEDDING}
 MODEL = Model("m", Path("/m.gguf"), ModelSettings(context=1000), ModelDetails(capabilities=ALL))
@@ -174,3 +175,22 @@ def test_a_model_with_nothing_but_a_template_in_go() -> None:
     too_much = replace(lacking, preset=Preset(template="{{ range .Messages }}{{ end }}"))
     with pytest.raises(RequestError, match="this template uses more of Go's language"):
         plan(too_much)
+
+
+def test_openais_chats_get_what_the_model_brings_along() -> None:
+    body: dict[str, Any] = {"model": "m", "messages": [ASK], "top_k": 9}
+    assert lay_under(body, WITH_PRESET)
+    assert body["messages"] == [{"role": "system", "content": "Own"}, *HISTORY, ASK]
+    assert {name: body[name] for name in body if name not in ("model", "messages")} == {
+        "top_k": 9, "temperature": 0.1, "stop": ["x"],
+    }  # fmt: skip
+    system = {"role": "developer", "content": "Theirs"}
+    body = {"model": "m", "messages": [system, ASK]}
+    assert lay_under(body, WITH_PRESET)
+    assert body["messages"] == [*HISTORY, system, ASK]
+    body = {"messages": [ASK], "max_completion_tokens": 3}
+    assert lay_under(body, replace(MODEL, preset=Preset(parameters={"num_predict": 7, "num_gpu": 3, "min_p": 0.1})))
+    assert body == {"messages": [ASK], "max_completion_tokens": 3, "min_p": 0.1}
+    untouched: dict[str, Any] = {"messages": [ASK]}
+    assert not lay_under(untouched, MODEL)
+    assert untouched == {"messages": [ASK]}

@@ -15,6 +15,7 @@ from llamarunner.proxies.ollama import describe
 from llamarunner.proxies.ollama.asking import Asking
 from llamarunner.proxies.ollama.errors import OptionError
 from llamarunner.proxies.ollama.parameters import keep_alive_s, template_kwargs
+from llamarunner.proxies.ollama.preset import lay_under
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.sse import amend_lines
@@ -65,7 +66,8 @@ class OllamaOpenAI(OpenAIRoutes):
             raise RequestError("[] is too short - 'messages'")
         super().check_chat(body, model)
         thinks = _set_thinking(body, model)
-        return self._with_defaults(body) or thinks
+        has_preset = lay_under(body, model)
+        return self._with_defaults(body) or thinks or has_preset
 
     def check_responses(self, body: dict[str, Any], model: Model) -> bool:
         is_changed = super().check_responses(body, model)

@@ -72,13 +72,19 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def sampling(options: Mapping[str, Any], context: int) -> dict[str, Any]:
     """Request fields of llama-server for `effective` options; `context` is the tokens a request has."""
+    return request_fields({**DEFAULTS, "num_predict": -1, "num_keep": 4, **options}, context)
+
+
+def request_fields(options: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """As `sampling`, of what there is in `options` alone."""
     context = max(context, options.get("num_ctx", 0))
-    body: dict[str, Any] = {name: options.get(name, default) for name, default in DEFAULTS.items()}
-    if body["repeat_last_n"] < 0:
+    body: dict[str, Any] = {name: options[name] for name in DEFAULTS if name in options}
+    if body.get("repeat_last_n", 0) < 0:
         body["repeat_last_n"] = context  # llama-server refuses -1
-    wanted = options.get("num_predict", -1)
-    body["max_tokens"] = wanted if 0 <= wanted <= 10 * context else 10 * context
-    body["n_keep"] = max(options.get("num_keep", 4), -1)
+    if (wanted := options.get("num_predict")) is not None:
+        body["max_tokens"] = wanted if 0 <= wanted <= 10 * context else 10 * context
+    if "num_keep" in options:
+        body["n_keep"] = max(options["num_keep"], -1)
     if options.get("stop"):
         body["stop"] = options["stop"]
     return body | {theirs: options[name] for name, theirs in _PASSED.items() if name in options}
