@@ -185,6 +185,36 @@ async def test_a_prompt_may_only_be_rendered(real: Serving) -> None:
     assert raw["_debug_info"] == {"rendered_template": "As is"}
 
 
+async def test_a_preset_counts_wherever_it_is_asked(real: Serving, client: ollama.AsyncClient) -> None:
+    begun = [{"role": "user", "content": "Ahoy?"}, {"role": "assistant", "content": "Arr."}]
+    await client.create("pirate", from_=MODEL, system="You are a pirate.", messages=begun,
+                        parameters={"num_predict": 3, "temperature": 0, "stop": ["zzz"]})  # fmt: skip
+    ask = {"model": "pirate", "_debug_render_only": True}
+    _, chat, _ = await post(real, "/api/chat", {**ask, "messages": [{"role": "user", "content": "Hi"}]})
+    _, generated, _ = await post(real, "/api/generate", {**ask, "prompt": "Hi"})
+    prompt = chat["_debug_info"]["rendered_template"]
+    assert prompt == generated["_debug_info"]["rendered_template"]
+    texts = ["system\nYou are a pirate.", "user\nAhoy?", "assistant\nArr.", "user\nHi"]
+    assert prompt == "".join(f"<|im_start|>{text}<|im_end|>\n" for text in texts) + "<|im_start|>assistant\n"
+    answer = await client.chat("pirate", [{"role": "user", "content": "Hi"}])
+    assert (answer.eval_count, answer.done_reason) == (3, "length")
+    body = {"model": "pirate", "messages": [{"role": "user", "content": "Hi"}]}
+    _, v1, _ = await post(real, "/v1/chat/completions", body)
+    assert v1["usage"]["completion_tokens"] == 3
+    assert v1["usage"]["prompt_tokens"] == answer.prompt_eval_count
+    shown = await client.show("pirate")
+    assert 'stop                           "zzz"' in (shown.parameters or "")
+
+
+async def test_show_tells_of_tensors_where_asked(real: Serving) -> None:
+    _, shown, _ = await post(real, "/api/show", {"NAME": MODEL, "Verbose": True})
+    assert len(shown["tensors"]) == 272
+    assert {"name": "token_embd.weight", "type": "Q8_0", "shape": [576, 49152]} in shown["tensors"]
+    assert shown["model_info"]["tokenizer.ggml.tokens"] is None
+    _, short, _ = await post(real, "/api/show", {"model": MODEL})
+    assert "tensors" not in short
+
+
 async def test_tools_need_a_model_that_has_them(real: Serving) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     body = {"model": MODEL, "messages": turns(1), "tools": [tool]}

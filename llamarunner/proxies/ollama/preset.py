@@ -1,4 +1,4 @@
-"""What a model brings along, laid under a chat of OpenAI's API: its parameters, system prompt and conversation. Pure."""
+"""What a model brings along, laid under a chat of OpenAI's API: parameters, system prompt, conversation. Pure."""
 
 from __future__ import annotations
 
