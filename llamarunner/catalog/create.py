@@ -14,6 +14,7 @@ import orjson
 
 from llamarunner.catalog.catalog import Model, ModelDetails, Preset
 from llamarunner.catalog.details import read_details
+from llamarunner.catalog.files import Split
 from llamarunner.catalog.gguf import read_header
 from llamarunner.catalog.library import Library
 from llamarunner.catalog.manifests import (
@@ -35,7 +36,6 @@ from llamarunner.catalog.names import ModelName
 from llamarunner.errors import ModelFileError, RequestError, UnsupportedError
 
 _BLOB_NAME = re.compile(r"sha256-[0-9a-f]{64}")
-_SPLIT_NAME = re.compile(r".+-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +91,22 @@ class _Work:
             raise ModelFileError(f"{base.name} cannot run: {base.problem}", hint=base.hint)
         if base.is_remote or not base.path.is_file():
             raise UnsupportedError(f"{base.name} is no file of this machine, so nothing can be made of it")
-        self._link(MODEL, base.path, base.name if base.source == "config" else "")
+        split = Split.of(base.path.name)
+        for name in [split.name(part) for part in range(1, split.total + 1)] if split else [""]:
+            path = base.path.with_name(name) if name else base.path
+            self._link(MODEL, path, base.name if base.source == "config" else "", name)
         for media_type, paths in ((PROJECTOR, [base.mmproj] if base.mmproj else []), (ADAPTER, base.adapters)):
             for path in paths:
                 self._link(media_type, path)
         return base.details
 
-    def _link(self, media_type: str, path: Path, origin: str = "") -> None:
-        layer = Layer(media_type, _digest_of(path.resolve()), path.stat().st_size, origin=origin)
+    def _link(self, media_type: str, path: Path, origin: str = "", name: str = "") -> None:
+        layer = Layer(media_type, _digest_of(path.resolve()), path.stat().st_size, name, origin)
         self._library.link_blob(path, layer.digest)
         self._take(layer, is_new=False)
 
     def take_files(self, files: Mapping[str, str]) -> ModelDetails:
-        if any(_SPLIT_NAME.fullmatch(file) for file in files):
+        if any(Split.of(file) for file in files):
             raise UnsupportedError(
                 "a split model cannot be made of blobs, which lose their files' names",
                 hint="put its files into a folder of discovery.folders, or merge them with llama-gguf-split",

@@ -23,5 +23,6 @@ class Found:
     modified_at: float = 0.0  # of its manifest
     size_bytes: int = 0  # likewise, all its blobs
     capabilities: frozenset[Capability] = frozenset()  # that it is said to have, beside those its header tells of
+    origin: str = ""  # the model it was made of
     problem: str = ""
     hint: str = ""

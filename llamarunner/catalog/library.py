@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -32,6 +33,7 @@ from llamarunner.catalog.manifests import (
     normal_digest,
     parse_manifest,
     read_manifest,
+    split_folder,
     walk,
 )
 from llamarunner.catalog.names import ModelName
@@ -163,11 +165,22 @@ class Library:
                     raise MissingBlobError(name, layer)
             old = self.find(name)
             path = old.path if old is not None and old.path is not None else manifest_path(self.root, name)
+            self._lay_out(manifest)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._write(path, data)
             if old is not None:
                 self._drop({layer.digest for layer in old.blobs})
             return read_manifest(path, name)
+
+    def _lay_out(self, manifest: Manifest) -> None:
+        """Give a split model's files their names."""
+        for layer in manifest.parts:
+            folder = split_folder(self.root, manifest.parts[0])
+            folder.mkdir(parents=True, exist_ok=True)
+            draft = folder / f".{layer.name}"
+            draft.unlink(missing_ok=True)
+            draft.symlink_to(blob_path(self.root, layer.digest).resolve())
+            draft.replace(folder / layer.name)
 
     def copy(self, source: Manifest, destination: ModelName) -> Manifest:
         if source.path is None:
@@ -225,6 +238,7 @@ class Library:
         needed = self._needed()
         for digest in digests - needed if needed is not None else ():
             blob_path(self.root, digest).unlink(missing_ok=True)
+            shutil.rmtree(split_folder(self.root, Layer("", digest, 0)), ignore_errors=True)
 
     # -- one at a time -----------------------------------------------------------------------------------------------
 

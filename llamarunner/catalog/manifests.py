@@ -34,6 +34,7 @@ MAX_TEXT = 1024**2  # bytes of a template, a licence, parameters
 MAX_MANIFESTS = 10_000
 _MAX_SIZE = 2**63 - 1
 
+_PART = re.compile(r"[^/\0]+-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
 _DIGEST = re.compile(r"sha256[:-]([0-9a-fA-F]{64})")
 
 
@@ -70,6 +71,13 @@ class Manifest:
     def blobs(self) -> tuple[Layer, ...]:
         """All that it refers to."""
         return (*self.layers, self.config)
+
+    @property
+    def parts(self) -> tuple[Layer, ...]:
+        """The files of a split model, the first one first; none of a whole one. Their names tell llama.cpp how they
+        belong together."""
+        layers = self.of_type(MODEL)
+        return layers if len(layers) > 1 and all(_PART.fullmatch(layer.name) for layer in layers) else ()
 
     def of_type(self, media_type: str) -> tuple[Layer, ...]:
         return tuple(layer for layer in self.layers if layer.media_type == media_type)
@@ -170,6 +178,11 @@ def blob_path(root: Path, digest: str) -> Path:
     path = root / "blobs" / digest.replace(":", "-")
     legacy = path.with_name(digest)
     return legacy if not path.exists() and legacy.exists() else path
+
+
+def split_folder(root: Path, first: Layer) -> Path:
+    """Where a split model's files have the names that llama.cpp goes by: links to its blobs."""
+    return root / "split" / normal_digest(first.digest).removeprefix("sha256:")
 
 
 def read_text(root: Path, layer: Layer) -> str:

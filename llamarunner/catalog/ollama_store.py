@@ -95,11 +95,12 @@ class OllamaStore:
         return self._as_found(
             manifest,
             names,
-            self._blob(disk, files[-1]),  # the last one counts, as for Ollama
+            self._model_file(disk, manifest),
             preset,
             mmproj=self._blob(disk, projectors[0]) if projectors else "",
             adapters=tuple(self._blob(disk, layer) for layer in manifest.of_type(manifests.ADAPTER)),
             capabilities=_capabilities(config),
+            origin=files[-1].origin,
         )
 
     def _as_found(self, manifest: Manifest, names: tuple[str, ...], path: str, preset: Preset, **more: Any) -> Found:
@@ -113,6 +114,11 @@ class OllamaStore:
             size_bytes=manifest.size,
             **more,
         )
+
+    def _model_file(self, disk: Disk, manifest: Manifest) -> str:
+        if parts := manifest.parts:
+            return os.path.join(manifests.split_folder(Path(self.root), parts[0]), parts[0].name)
+        return self._blob(disk, manifest.of_type(manifests.MODEL)[-1])  # the last one counts, as for Ollama
 
     def _blob(self, disk: Disk, layer: Layer) -> str:
         blobs = os.path.join(self.root, "blobs")

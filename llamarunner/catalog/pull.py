@@ -17,10 +17,11 @@ from typing import Any
 import aiohttp
 
 from llamarunner.catalog.download import Download, Downloads, Pace, Rate
+from llamarunner.catalog.hub import Hub, parse_file
 from llamarunner.catalog.library import Library, MissingBlobError
 from llamarunner.catalog.manifests import MODEL, Layer, parse_manifest
 from llamarunner.catalog.names import ModelName
-from llamarunner.catalog.registry import Origin, Registry, download_session
+from llamarunner.catalog.registry import HUB_HOSTS, Origin, Registry, RegistryError, download_session
 from llamarunner.errors import LlamaRunnerError, OverloadedError, RequestError, UnsupportedError
 from llamarunner.events import PullState
 from llamarunner.units import format_size
@@ -176,7 +177,7 @@ class Pulls:
 
     async def cancel(self, text: str) -> Pull | None:
         """End the pull of this model for all who wait for it; what there is of it stays. None where there is none."""
-        found = self._running.get(_target(text)[0].key)
+        found = self._running.get(_target(text).name.key)
         if found is None:
             return None
         await self._end(found[0])
@@ -189,15 +190,16 @@ class Pulls:
             await self._session.close()
 
     def _begin(self, text: str, *, insecure: bool) -> Pull:
-        name, is_plain = _target(text)
-        if is_plain and not insecure:
+        target = _target(text)
+        if target.is_plain and not insecure:
             raise RequestError("insecure protocol http")
+        name = target.name
         if found := self._running.get(name.key):
             return found[0]
         if self._is_closing or len(self._running) >= _MOST:
             raise OverloadedError("the server is shutting down" if self._is_closing else "too many downloads at once")
         pull = Pull(name)
-        task = asyncio.create_task(self._run(pull, insecure=insecure), name=f"pull {name.short}")
+        task = asyncio.create_task(self._run(pull, target, insecure=insecure), name=f"pull {name.short}")
         self._running[name.key] = pull, task
         task.add_done_callback(lambda task: self._note_end(pull, task))
         self._note()
@@ -221,12 +223,12 @@ class Pulls:
     def _note(self) -> None:
         self.revision = next(self._revisions)
 
-    async def _run(self, pull: Pull, *, insecure: bool) -> None:
+    async def _run(self, pull: Pull, target: _Target, *, insecure: bool) -> None:
         try:
             pull.say(Progress("pulling manifest"))
             async with self._slots:
                 pull.state = PullState.RUNNING
-                await self._fetch(pull, self._origin(pull.name, insecure=insecure))
+                await self._fetch(pull, *await self._find(target, insecure=insecure))
             await self._on_change()
             pull.say(Progress("success"))
             pull.state = PullState.DONE
@@ -238,13 +240,22 @@ class Pulls:
             pull.error = LlamaRunnerError("internal error", hint="the log has the details")
             pull.state = PullState.FAILED
 
-    def _origin(self, name: ModelName, *, insecure: bool) -> Origin:
+    async def _find(self, target: _Target, *, insecure: bool) -> tuple[Origin, bytes]:
+        """Where it comes from, and its manifest. Raises RegistryError."""
         if self._session is None:
             self._session = download_session()
-        return Registry(self._session, name, insecure=insecure)
+        origin: Origin = Registry(self._session, target.name, insecure=insecure)
+        if target.file:
+            origin = Hub(self._session, self._library, target.name, target.file)
+        try:
+            return origin, await origin.manifest()
+        except RegistryError as error:
+            if target.file or target.name.host.lower() not in HUB_HOSTS or "sharded" not in error.message:
+                raise
+        origin = Hub(self._session, self._library, target.name, target.name.tag)  # its protocol has no split models
+        return origin, await origin.manifest()
 
-    async def _fetch(self, pull: Pull, origin: Origin) -> None:
-        data = await origin.manifest()
+    async def _fetch(self, pull: Pull, origin: Origin, data: bytes) -> None:
         manifest = parse_manifest(pull.name, data)
         if not manifest.of_type(MODEL):
             raise UnsupportedError(
@@ -315,9 +326,18 @@ async def _until(event: asyncio.Event, task: asyncio.Task[None], timeout_s: floa
         waiting.cancel()
 
 
-def _target(text: str) -> tuple[ModelName, bool]:
-    """The model, and whether its registry is to be asked without encryption. Raises InvalidNameError."""
-    text = text.strip()
-    scheme, mark, rest = text.partition("://")
+@dataclass(frozen=True, slots=True)
+class _Target:
+    name: ModelName
+    file: str = ""  # of Hugging Face, by its path in the repository
+    is_plain: bool = False  # its registry is to be asked without encryption
+
+
+def _target(text: str) -> _Target:
+    """Raises InvalidNameError."""
+    scheme, mark, rest = text.strip().partition("://")
     is_web = bool(mark) and scheme.lower() in ("http", "https")
-    return ModelName.parse(rest if is_web else text), is_web and scheme.lower() == "http"
+    named = rest if is_web else text.strip()
+    if found := parse_file(named):
+        return _Target(*found)
+    return _Target(ModelName.parse(named), is_plain=is_web and scheme.lower() == "http")

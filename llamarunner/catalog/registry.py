@@ -123,7 +123,7 @@ class Registry:
 
     async def _authenticate(self, challenge: str) -> str:
         """A token for anyone who asks, or the user's own of Hugging Face. Raises RegistryError where there is none."""
-        if self._name.host.lower() in HUB_HOSTS and (token := os.environ.get("HF_TOKEN")):
+        if self._name.host.lower() in HUB_HOSTS and (token := await asyncio.to_thread(_hub_token)):
             return token
         fields = dict(_CHALLENGE.findall(challenge))
         realm = fields.get("realm", "")
@@ -144,6 +144,13 @@ class Registry:
         if not isinstance(token, str) or not token.isprintable():
             raise _unauthorized(self._name)
         return token
+
+
+def _hub_token() -> str | None:
+    """The user's own, from the environment or from where `hf auth login` left it."""
+    from huggingface_hub import get_token  # no part of the start: it takes a moment to load
+
+    return get_token()
 
 
 def base_url(host: str, *, insecure: bool) -> str:

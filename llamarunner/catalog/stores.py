@@ -94,7 +94,8 @@ class Discovery:
                 if found.preset is None and wanted[name_key(found.names[0])] > 1:
                     # a name that stays, whoever comes first
                     found = replace(found, aliases=(*found.aliases, *found.names[-1:]))
-                models.append(discovered(names.take(found.names), found, config.defaults, files))
+                settings = config.models.get(found.origin, config.defaults)  # what was made of a model runs like it
+                models.append(discovered(names.take(found.names), found, settings, files))
         return _without_empty_promises(models)
 
     def _found(self, files: Files) -> Iterator[Found]:

@@ -40,6 +40,9 @@ class FakeRegistry:
     asked: list[Asked] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     always: str = ""  # a fault of every request
+    refused: dict[str, str] = field(default_factory=dict)  # manifests, with what is said of them
+    hub: dict[str, dict[str, bytes]] = field(default_factory=dict)  # "org/repo": {path: bytes}
+    gated: dict[str, str] = field(default_factory=dict)  # "org/repo": the token it wants
     manifest_faults: list[str] = field(default_factory=list)
     redirects: bool = True
     token: str = ""  # demanded for everything
@@ -95,6 +98,10 @@ class FakeRegistry:
             return web.json_response(
                 {"errors": [{"message": "denied"}]}, status=401, headers={"WWW-Authenticate": challenge}
             )
+        if request.path.startswith("/api/models/"):
+            return self._repository(request)
+        if "/resolve/" in request.path:
+            return await self._hub_file(request, port)
         _, _, namespace, model, kind, last = request.path.split("/")
         if kind == "manifests":
             return self._manifest(f"{namespace}/{model}/{last}")
@@ -104,12 +111,50 @@ class FakeRegistry:
             raise web.HTTPTemporaryRedirect(f"http://127.0.0.1:{self.bytes_port}{request.path}")
         return await self._bytes(request, self.blobs[last])
 
+    # -- as Hugging Face -----------------------------------------------------------------------------------------------
+
+    def _repository(self, request: web.Request) -> web.Response:
+        repo = request.path.removeprefix("/api/models/").split("/revision/")[0]
+        if repo in self.gated and request.headers.get("Authorization") != f"Bearer {self.gated[repo]}":
+            return web.json_response(
+                {"error": "Access to it is restricted"}, status=403, headers={"X-Error-Code": "GatedRepo"}
+            )
+        if repo not in self.hub:
+            return web.json_response(
+                {"error": "Repository not found"}, status=404, headers={"X-Error-Code": "RepoNotFound"}
+            )
+        siblings = [
+            {
+                "rfilename": path,
+                "size": len(data),
+                "blobId": "0" * 40,
+                "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134},
+            }
+            for path, data in self.hub[repo].items()
+        ]
+        siblings.append({"rfilename": "README.md", "size": 3, "blobId": "0" * 40})
+        return web.json_response({"id": repo, "modelId": repo, "sha": "c0ffee", "tags": [], "siblings": siblings})
+
+    async def _hub_file(self, request: web.Request, port: int) -> web.StreamResponse:
+        repo, _, rest = request.path.removeprefix("/").partition("/resolve/")
+        revision, _, path = rest.partition("/")
+        assert revision == "c0ffee"
+        if port == self.port:
+            if repo in self.gated:
+                assert request.headers["Authorization"] == f"Bearer {self.gated[repo]}"
+            raise web.HTTPFound(f"http://127.0.0.1:{self.bytes_port}{request.path}")
+        return await self._bytes(request, self.hub[repo][path])
+
+    # -- as Ollama's ---------------------------------------------------------------------------------------------------
+
     def _manifest(self, key: str) -> web.Response:
         if self.manifest_faults:
             fault, _, value = self.manifest_faults.pop(0).partition(":")
             if fault == "status":
                 return web.Response(status=int(value), text="<html>no</html>")
             return web.Response(status=429, headers={"Retry-After": value})
+        if key in self.refused:
+            return web.json_response({"error": self.refused[key]}, status=400)
         if key not in self.manifests:
             return web.json_response({"errors": [{"message": "manifest unknown"}]}, status=404)
         return web.Response(body=self.manifests[key], content_type=MANIFEST_TYPE)
