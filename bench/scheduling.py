@@ -130,7 +130,7 @@ def cold(program: Program, effort: Effort) -> Iterator[Row]:
 
 def _switches(program: Program, effort: Effort) -> Iterator[Row]:
     """Where one model is loaded at once and idle, a request for another."""
-    _configure(program, ("a", "b"), max_loaded=1)
+    _configure(program, ("a", "b"), max_loaded=1, min_residency=0)  # no model is so new that it may not leave
     program.tell_engine({"load_s": LOAD_S})
     alone, asked = list[float](), list[float]()
     with serving(program):
@@ -165,14 +165,15 @@ def _has_engine(process: psutil.Process) -> bool:
     return False
 
 
-def _configure(program: Program, models: Sequence[str], max_loaded: int) -> None:
+def _configure(program: Program, models: Sequence[str], max_loaded: int, min_residency: float = 5) -> None:
     """More models on the same engine, in place of the one."""
     config = program.home / "config.toml"
     replaced = ("models.", "scheduler ")
     lines = [line for line in config.read_text().splitlines() if not line.startswith(replaced)]
     table = f'{{ path = "{program.model}", parallel = 4, keep_alive = "1h" }}'
     lines += [f"models.{name} = {table}" for name in models]
-    lines += [f"scheduler = {{ max_loaded = {max_loaded}, max_wait = {MAX_WAIT_S}, max_queue = 5000 }}"]
+    waits = f"max_wait = {MAX_WAIT_S}, min_residency = {min_residency}"
+    lines += [f"scheduler = {{ max_loaded = {max_loaded}, {waits}, max_queue = 5000 }}"]
     config.write_text("\n".join(lines) + "\n")
 
 
