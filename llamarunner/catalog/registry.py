@@ -150,7 +150,8 @@ def _hub_token() -> str | None:
     """The user's own, from the environment or from where `hf auth login` left it."""
     from huggingface_hub import get_token  # no part of the start: it takes a moment to load
 
-    return get_token()
+    token: str | None = get_token()
+    return token
 
 
 def base_url(host: str, *, insecure: bool) -> str:
