@@ -41,6 +41,8 @@ def _without_tools(fields: dict[str, Any]) -> str:
 def _plain(fields: dict[str, Any], path: str) -> None:
     for name in _LLAMA_CPP_FIELDS:
         fields.pop(name, None)
+    if path == "/v1/responses":
+        fields.pop("response_format", None)  # its `text.format` again
     if fields.get("seed") == -1:  # llama.cpp's word for a random one
         del fields["seed"]
     if fields.get("stream") is True and path in _WITH_STREAM_OPTIONS:

@@ -50,6 +50,10 @@ class OpenAIRoutes(ABC):
     @abstractmethod
     def model_record(self, model: Model) -> dict[str, Any]: ...
 
+    def model_records(self, model: Model) -> list[dict[str, Any]]:
+        """One for each name it is listed under."""
+        return [self.model_record(model)]
+
     @abstractmethod
     def amend(self, data: bytes) -> bytes:
         """An engine's answer, or whole lines of it, with what the dialect changes."""
@@ -118,7 +122,8 @@ class OpenAIRoutes(ABC):
         usable = [
             model for model in self._relay.catalog if not model.problem and not (is_one_of_us and model.is_remote)
         ]
-        return json_response({"object": "list", "data": [self.model_record(model) for model in usable]})
+        records = [record for model in usable for record in self.model_records(model)]
+        return json_response({"object": "list", "data": records})
 
     async def _retrieve(self, request: web.Request) -> web.Response:
         model = self._relay.catalog.find(request.match_info["model"].rstrip("/"))

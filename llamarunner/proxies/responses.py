@@ -45,8 +45,9 @@ def check_responses_body(body: dict[str, Any], model: Model) -> bool:
     """Raise RequestError for what the engine must not see; True where `body` was changed."""
     if body.get("previous_response_id") is not None:
         raise RequestError("previous_response_id is not supported: no answers are kept", hint="send the whole `input`")
+    has_format = _set_format(body)
     if isinstance(body.get("input"), str):
-        return False
+        return has_format
     items = expect(body.get("input"), list, "input", "a string or an array")
     for index, item in enumerate(items):
         place = f"input[{index}]"
@@ -59,7 +60,19 @@ def check_responses_body(body: dict[str, Any], model: Model) -> bool:
     # thoughts of a server that keeps them to itself: there is nothing in them to read
     readable = [item for item in items if item.get("type") != "reasoning" or isinstance(item.get("content"), list)]
     body["input"] = readable
-    return len(readable) < len(items)
+    return has_format or len(readable) < len(items)
+
+
+def _set_format(body: dict[str, Any]) -> bool:
+    """`text.format` as the older API has it, which llama-server heeds alone. True where there is one."""
+    text = body.get("text")
+    wanted = text.get("format") if isinstance(text, dict) else None
+    if wanted is None or expect(wanted, dict, "text.format").get("type") == "text":
+        return False
+    schema = {name: value for name, value in wanted.items() if name != "type"}
+    is_schema = wanted.get("type") == "json_schema"
+    body["response_format"] = {"type": "json_schema", "json_schema": schema} if is_schema else wanted
+    return True
 
 
 def _check_part(part: object, place: str, model: Model) -> None:

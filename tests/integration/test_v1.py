@@ -148,6 +148,19 @@ async def test_thoughts_that_cannot_be_read_are_left_out(fake: Serving, port: st
     assert fake.scripts["smol"].asked("/v1/responses")["input"] == [message]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "asked"),
+    [
+        ({"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True},
+         {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": True}}),
+        ({"type": "json_object"}, {"type": "json_object"}), ({"type": "text"}, None),
+    ],
+)  # fmt: skip
+async def test_the_format_of_a_response(fake: Serving, port: str, wanted: Any, asked: Any) -> None:
+    assert (await ask(fake, port, "/v1/responses", text={"format": wanted}))[0] == 200
+    assert fake.scripts["smol"].asked("/v1/responses").get("response_format") == asked
+
+
 # --- Ollama's defaults and extensions ------------------------------------------------------------------------------
 
 

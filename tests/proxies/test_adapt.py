@@ -26,6 +26,8 @@ def test_only_openais_older_apis_have_stream_options() -> None:
     asked = orjson.dumps({"model": "x", "stream": True})
     for path in ("/v1/responses", "/v1/messages"):
         assert adapt(asked, path, plan(is_llama_cpp=False)) == (asked, "")
+    formatted = orjson.dumps({"model": "x", "response_format": {"type": "json_object"}, "stream": True})
+    assert adapt(formatted, "/v1/responses", plan(is_llama_cpp=False)) == (asked, "")
 
 
 def test_a_fork_without_tools_is_sent_none_and_that_is_told() -> None:

@@ -43,14 +43,19 @@ def capabilities(model: Model) -> list[str]:
 def tags(models: Iterable[Model]) -> dict[str, Any]:
     """GET /api/tags: newest first."""
     usable = sorted((m for m in models if not m.problem), key=lambda m: m.modified_at, reverse=True)
-    return {"models": [_tag(model) for model in usable]}
+    return {"models": [_tag(model, name) for model in usable for name in listed_names(model)]}
 
 
-def _tag(model: Model) -> dict[str, Any]:
+def listed_names(model: Model) -> tuple[str, ...]:
+    """A copy of a model is the same one to us, and clients look for it by its own name."""
+    return (model.name, *model.aliases) if model.manifest_digest else (model.name,)
+
+
+def _tag(model: Model, name: str) -> dict[str, Any]:
     lengths = {"context_length": model.details.context_length, "embedding_length": model.details.embedding_length}
     return {
-        "name": tagged(model.name),
-        "model": tagged(model.name),
+        "name": tagged(name),
+        "model": tagged(name),
         "modified_at": local_time(datetime.fromtimestamp(model.modified_at, UTC)),
         "size": model.size_bytes,
         "digest": model.digest,

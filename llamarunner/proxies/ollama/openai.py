@@ -48,6 +48,10 @@ class OllamaOpenAI(OpenAIRoutes):
         created = int(model.modified_at)
         return {"id": describe.tagged(model.name), "object": "model", "created": created, "owned_by": "library"}
 
+    def model_records(self, model: Model) -> list[dict[str, Any]]:
+        record = self.model_record(model)
+        return [{**record, "id": describe.tagged(name)} for name in describe.listed_names(model)]
+
     def keep_alive(self, body: dict[str, Any]) -> float | None:
         return keep_alive_s(body.get("keep_alive"))
 
