@@ -242,7 +242,11 @@ class _Board:
         return None
 
     def over(self, most: int, layers: int, *, fewest: int = 2) -> Placement | None:
-        for count in range(fewest, most + 1):
+        size, room = self._ends[-1] - self._ends[self._need.units - layers], 0
+        for count in range(1, most + 1):
+            room += max(self._rooms[count - 1], 0)
+            if count < fewest or room < size:
+                continue
             shares = self._even_shares(count, layers)
             if shares and (found := self._try(self._gpus[:count], shares)):
                 return found

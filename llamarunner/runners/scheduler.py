@@ -208,6 +208,7 @@ class _House:
         self._freed = [_freed(resident) for resident in facts.residents if resident.model in self._going]
         # what is taken now, and once those who leave have left and those it was promised to have come
         self._now = self._then = _with_held(facts.devices, [resident.held for resident in facts.residents])
+        self._free_bytes = sum(device.free_bytes for device in self._now)
         local = [resident for resident in facts.residents if resident.is_local]
         self._empty = _with_held(facts.devices, [resident.held for resident in facts.residents if resident.pinned])
         self._places = facts.max_loaded - len(local) if facts.max_loaded else math.inf
@@ -253,8 +254,10 @@ class _House:
             return False
         if waiting.apart and any(waiting.apart & r.apart for r in (*self._staying, *self._facts.residents)):
             return False
+        if waiting.need.least > self._free_bytes:
+            return False
         if self.waiting_for_room >= _CLEARED_AT_ONCE:
-            if self._fitted == _FITTED_AT_ONCE or waiting.need.least > sum(device.free_bytes for device in self._now):
+            if self._fitted == _FITTED_AT_ONCE:
                 return False
             self._fitted += 1
         try:
@@ -339,6 +342,7 @@ class _House:
     def _give(self, waiting: Waiting, placement: Placement) -> None:
         self.actions.append(Load(waiting.model, placement))
         self._now = _with_held(self._now, [placement.bytes_by_device])
+        self._free_bytes = sum(device.free_bytes for device in self._now)
 
     def _plan(self, waiting: Waiting) -> tuple[tuple[str, ...], Placement | None] | Refusal:
         if waiting.need is None or not self._then:
