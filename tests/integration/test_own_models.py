@@ -327,3 +327,35 @@ async def test_a_loaded_model_that_is_deleted_is_unloaded_once_it_has_answered(
         await client.generate("gone", "hi")
     assert [part.done async for part in answer][-1]
     await soon(lambda: (r := serving.service.manager.residence(model.name)) is None or r.runner is None)
+
+
+# --- with a real model -----------------------------------------------------------------------------------------------
+
+
+async def test_smollm2_uploaded_made_a_preset_and_asked(tmp_path: Path, smollm2_path: Path) -> None:
+    engine = {"default": {"kind": "builtin"}}
+    defaults = {"context": 512, "flags": {"threads": 1, "threads-batch": 1}}
+    async with (
+        serve(tmp_path, {"engines": engine, "defaults": defaults}) as serving,
+        ollama.AsyncClient(serving.ollama) as client,
+    ):
+        digest = await client.create_blob(smollm2_path)  # larger than server.max_body
+        parameters = {"temperature": 0, "num_predict": 8, "seed": 1}
+        await client.create("base", files={"smollm2.gguf": digest}, parameters=parameters)
+        await client.create("pirate", from_="base", system="You are a pirate. Begin every answer with Arrr.")
+        model = serving.service.catalog.find("pirate")
+        assert model.preset.parameters == parameters
+        assert model.preset.system.startswith("You are a pirate.")
+        shown = await client.show("pirate")
+        assert "num_predict" in (shown.parameters or "")
+        question = {"role": "user", "content": "What is the capital of France? Answer in one word."}
+        plain, preset = await client.chat("base", [question]), await client.chat("pirate", [question])
+        told = await client.chat("base", [{"role": "system", "content": model.preset.system}, question])
+        assert "Paris" in (plain.message.content or "")
+        assert preset.message.content == told.message.content
+        assert preset.prompt_eval_count == told.prompt_eval_count != plain.prompt_eval_count
+        assert all((answer.eval_count or 0) <= 8 for answer in (plain, preset, told))  # as the parameters say
+        for name in ("base", "pirate"):
+            await client.delete(name)
+        assert list(serving.service.catalog) == []
+        assert list((tmp_path / "data/models/blobs").iterdir()) == []
