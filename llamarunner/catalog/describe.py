@@ -28,9 +28,9 @@ def configured(name: str, settings: ModelConfig, config: Config, files: Files) -
     engine, aliases = config.engines.get(settings.engine), tuple(settings.aliases)
     model = Model(name, settings.path, settings, aliases=aliases)
     if engine is None or engine.reads_gguf:
-        return with_projector(_described(model, files), settings.mmproj, files)
+        return with_projector(_described(model, str(model.path), files), settings.mmproj, files)
     if settings.path.is_absolute() and settings.path.suffix.lower() == SUFFIX:
-        found = _described(model, files)
+        found = _described(model, str(model.path), files)
         if not found.problem:
             return found
     # a folder, or a name that its engine understands: only the engine can tell what it is
@@ -51,7 +51,9 @@ def discovered(name: str, found: Found, settings: ModelSettings, files: Files) -
         manifest_digest=found.manifest_digest,
     )
     if found.path:
-        model = with_projector(_described(model, files), Path(found.mmproj) if found.mmproj else None, files)
+        model = with_projector(
+            _described(model, found.path, files), Path(found.mmproj) if found.mmproj else None, files
+        )
     if found.preset is not None:
         model = _as_manifest_tells(model, found)
     return model
@@ -80,9 +82,8 @@ def _as_manifest_tells(model: Model, found: Found) -> Model:
     return model
 
 
-def _described(model: Model, files: Files) -> Model:
+def _described(model: Model, path: str, files: Files) -> Model:
     """With what the headers of its file, or of all its parts, say."""
-    path = str(model.path)
     try:
         paths = _parts(path, files)
         known = [files.known(part) for part in paths]

@@ -39,6 +39,7 @@ _MAX_ELEMENTS = 2**63 - 1
 _STRING, _ARRAY = 8, 9
 _SCALAR_LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _SCALARS = {code: struct.Struct("=" + letter) for code, letter in _SCALAR_LETTERS.items()}
+_TENSOR_TAILS = [struct.Struct(f"={dimensions}QIQ") for dimensions in range(_MAX_DIMENSIONS + 1)]
 _U32, _U64, _ARRAY_HEAD = struct.Struct("=I"), struct.Struct("=Q"), struct.Struct("=IQ")
 
 # ggml's tensor types: code -> (name, elements in a block, bytes of a block)
@@ -373,8 +374,7 @@ def _read_tensors(
         (dimensions,) = cursor.read(_U32)
         if dimensions > _MAX_DIMENSIONS:
             raise _Damaged(f"damaged: a tensor of {dimensions} dimensions")
-        shape = [cursor.read(_U64)[0] for _ in range(dimensions)]
-        code, offset = cursor.read(_ARRAY_HEAD)
+        *shape, code, offset = cursor.read(_TENSOR_TAILS[dimensions])
         elements = 1
         for length in shape:
             elements *= length

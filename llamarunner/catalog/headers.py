@@ -119,7 +119,7 @@ class HeaderCache:
             entry = _Entry(status.size, status.mtime_ns, _read(path))
             self._entries.pop(path, None)
             self._entries[path] = entry
-            self._is_dirty = True
+            self._is_dirty |= isinstance(entry.known, KnownFile)
             while len(self._entries) > 2 * MAX_FILES:
                 del self._entries[next(iter(self._entries))]
         entry.is_used = True
@@ -178,13 +178,14 @@ def _written(entries: Mapping[str, _Entry]) -> bytes:
 
 def _parsed(data: bytes) -> dict[str, _Entry]:
     """Raises ValueError, TypeError, KeyError or IndexError."""
-    first, _, body = data.partition(b"\n")
+    first, *lines = data.split(b"\n")
     start = orjson.loads(first)
     if start["version"] != VERSION:
         raise ValueError(f"version {start['version']!r}")
-    if start["checksum"] != zlib.crc32(body):
+    if start["checksum"] != zlib.crc32(memoryview(data)[len(first) + 1 :]):
         raise ValueError("it is damaged")
-    lines = body.split(b"\n") if body else []
+    if lines == [b""]:
+        return {}
     entries = {}
     for line, packed in zip(lines[::2], lines[1::2], strict=True):
         path, size, mtime_ns, kind, needs, *details = orjson.loads(line)

@@ -116,6 +116,20 @@ def test_no_cache_and_one_that_cannot_be_written(tmp_path: Path, caplog: pytest.
     HeaderCache(tmp_path / "missing").load()
 
 
+def test_a_cache_of_nothing_is_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "headers"
+    (tmp_path / "m.gguf").write_text("no model")
+    cache = HeaderCache(file)
+    with pytest.raises(ModelFileError):
+        get(cache, tmp_path / "m.gguf")
+    cache.save()
+    assert not file.exists()  # a download that grows shall not write it anew each time
+    get(cache, write_model(tmp_path / "m.gguf", x="\0" * (headers.MAX_KEPT_BYTES // 5)))
+    assert len(reloaded(cache, file)._entries) == 0
+    assert file.exists()
+    assert not caplog.records
+
+
 def test_it_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(headers, "MAX_FILES", 3)
     monkeypatch.setattr(headers, "MAX_KEPT_BYTES", 2000)
