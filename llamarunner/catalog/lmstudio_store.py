@@ -8,12 +8,13 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from llamarunner.catalog.catalog import Capability, ModelDetails
 from llamarunner.catalog.files import Files, projectors_of
 from llamarunner.catalog.folders import names_within
 from llamarunner.catalog.found import Found
@@ -46,20 +47,32 @@ def models(files: Files, home: str) -> Iterator[Found]:
         above = () if relative == os.curdir else tuple(relative.split(os.sep))
         chosen = preferred(group.models)
         for path, stem in group.models.items():
-            aliases = tuple(_aliases(above, stem, is_chosen=path == chosen, hub=hub)) if len(above) == 2 else ()
+            aliases: tuple[str, ...] = ()
+            if len(above) == 2:
+                details = group.details.get(path, ModelDetails())
+                keys = _keys(above, hub, embeds=Capability.EMBEDDING in details.capabilities)
+                aliases = tuple(_aliases(keys, stem, is_chosen=path == chosen))
             yield Found(path, names_within(above or (SOURCE,), stem), SOURCE, aliases, mmproj=paired.get(path, ""))
 
 
-def _aliases(above: tuple[str, ...], stem: str, *, is_chosen: bool, hub: Mapping[str, list[str]]) -> Iterator[str]:
-    """LM Studio's own names: with the quantization, and without for the one that it would take."""
+def _keys(above: tuple[str, ...], hub: Mapping[str, list[str]], *, embeds: bool) -> list[str]:
+    """What LM Studio calls the models of a repository."""
     publisher, repository = map(printable, above)
     key = re.sub(r"[-_.]gguf$", "", repository.lower())
+    if embeds:
+        key = f"text-embedding-{key.removeprefix('text-embedding-')}"
+    whole = f"{publisher}/{repository}"
+    return [key, f"{publisher}/{key}", whole, *hub.get(whole.lower(), ())]
+
+
+def _aliases(keys: Iterable[str], stem: str, *, is_chosen: bool) -> Iterator[str]:
+    """Each with the quantization, and without for the one that LM Studio would take."""
     quantization = quantization_in(stem).lower()
-    for name in (key, f"{publisher}/{repository}", *hub.get(f"{publisher}/{repository}".lower(), ())):
+    for key in keys:
         if is_chosen:
-            yield name
+            yield key
         if quantization:
-            yield f"{name}@{quantization}"
+            yield f"{key}@{quantization}"
 
 
 def _models_folder(files: Files, home: str) -> str:

@@ -42,6 +42,16 @@ def test_its_models_under_their_files_names_and_its_own(home: Path, studio: Path
         assert catalog.find(name).name == "Qwen3-8B-Q8_0"
 
 
+def test_one_repository_of_two_publishers_and_embeddings(home: Path, studio: Path) -> None:
+    for number, publisher in enumerate(("a", "b")):
+        write_model(studio / f"models/{publisher}/m-GGUF/m-Q4_0.gguf", x=number)
+    write_model(studio / "models/nomic-ai/nomic-embed-text-v1.5-GGUF/nomic-embed-text-v1.5.Q8_0.gguf", "nomic-bert")
+    catalog = found(home)
+    assert [catalog.find(name).path.parts[-3] for name in ("m", "a/m", "b/m", "b/m@q4_0")] == ["a", "a", "b", "b"]
+    for name in ("text-embedding-nomic-embed-text-v1.5", "text-embedding-nomic-embed-text-v1.5@q8_0"):
+        assert catalog.find(name).name == "nomic-embed-text-v1.5.Q8_0"
+
+
 def test_vision_and_split_models(home: Path, studio: Path) -> None:
     folder = studio / "models/p/vl-GGUF"
     write_model(folder / "vl-Q4_K_M.gguf")
