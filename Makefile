@@ -6,10 +6,10 @@ PYTHON_IN_VENV := .venv/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench wheel lock clean
+.PHONY: help install demo test test-clients check format bench wheel lock clean
 
 help: ## Show these targets.
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
 install: ## Make or renew .venv; every other target does it by itself.
 	@PYTHON="$(PYTHON)" scripts/install
@@ -19,6 +19,11 @@ demo: install ## Open the control center with a small model of its own, on ports
 
 test: install ## Run the whole test suite.
 	@$(PYTHON_IN_VENV) -m pytest -q $(ARGS)
+
+test-clients: install ## Test against large client libraries as well, which are installed for it.
+	@$(PYTHON_IN_VENV) -m pip --disable-pip-version-check install --quiet uv
+	@UV_SYSTEM_CERTS=1 .venv/bin/uv pip install --quiet --python $(PYTHON_IN_VENV) --constraint requirements.lock --group clients
+	@$(PYTHON_IN_VENV) -m pytest -q tests/clients $(ARGS)
 
 check: install ## Check format, lint, types and the layers of the architecture.
 	$(PYTHON_IN_VENV) -m ruff format --check .
