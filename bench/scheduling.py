@@ -19,9 +19,10 @@ from bench.client import OLLAMA_CHAT, QUESTION, ask_once, client, percentile, ru
 from bench.program import Program, answers, free_port, serving, until
 from bench.rows import Effort, Row
 from llamarunner.events import RunnerState
+from llamarunner.runners.facts import Facts, Resident, Waiting
 from llamarunner.runners.memory import Layer, Need
 from llamarunner.runners.placement import RAM, Device
-from llamarunner.runners.scheduler import Facts, Resident, Waiting, decide
+from llamarunner.runners.scheduler import decide
 
 GIB = 1024**3
 MODELS, WAITERS = 200, 1000

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Protocol
 
 import aiohttp
@@ -52,7 +52,7 @@ class Loads:
         session: aiohttp.ClientSession,
         log_for: Callable[[str], EngineLog],
         ledger: Ledger,
-        places: Callable[[], Sequence[Place]],
+        places: Iterable[Place],
     ) -> None:
         self._engines = engines
         self._desk = desk
@@ -68,7 +68,7 @@ class Loads:
     async def close(self) -> None:
         """Stop every runner, and wait for all that is under way."""
         self.is_closing = True
-        runners = [place.runner for place in self._places() if place.runner is not None]
+        runners = [place.runner for place in self._places if place.runner is not None]
         await asyncio.gather(*(runner.stop("the server is shutting down") for runner in runners))
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -140,7 +140,7 @@ class Loads:
         """Out of memory: unload every idle model, once, and let the load be tried again."""
         idle = [
             other
-            for other in self._places()
+            for other in self._places
             if other is not place and other.runner is not None and other.resident().is_evictable
         ]
         out_of_memory = isinstance(error, LoadError) and error.cause == CauseKind.OUT_OF_MEMORY

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -27,15 +27,17 @@ from llamarunner.errors import DoesNotFitError, EngineError, EngineMissingError,
 from llamarunner.events import EventBus, RequestPhase, RequestTrace, RunnerState
 from llamarunner.runners import replicas
 from llamarunner.runners.demand import NO_DEMAND, Demand
+from llamarunner.runners.facts import Drain, Load, Refuse, Unload
 from llamarunner.runners.footprints import Footprints
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.ledger import Ledger, NoGauge
 from llamarunner.runners.loads import Loads
-from llamarunner.runners.outlook import Outlook, outlooks
-from llamarunner.runners.place import Place, Residence, together
+from llamarunner.runners.outlook import Outlook
+from llamarunner.runners.place import Place, Residence
+from llamarunner.runners.places import Places
 from llamarunner.runners.runner import EngineLog, Runner
-from llamarunner.runners.scheduler import Drain, Facts, Load, Refuse, Unload, Waiting, decide
-from llamarunner.runners.waiters import Waiter, Waiters
+from llamarunner.runners.scheduler import decide
+from llamarunner.runners.waiters import Waiter
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +81,7 @@ class RunnerManager:
         self._settings = settings
         self._ledger = ledger or Ledger(NoGauge(), Footprints(Path(os.devnull)))
         self._loop = asyncio.get_running_loop()
-        self._places: dict[str, Place] = {}
-        self._replicas: dict[str, list[Place]] = {}  # of each model, by its name
+        self._places = Places(engines, settings, self._ledger)
         self._loads = Loads(
             engines,
             self,
@@ -89,7 +90,7 @@ class RunnerManager:
             session=session,
             log_for=log_for,
             ledger=self._ledger,
-            places=lambda: list(self._places.values()),
+            places=self._places,
         )
         self._numbers = itertools.count(1)
         self._wake: asyncio.TimerHandle | None = None
@@ -146,7 +147,7 @@ class RunnerManager:
     ) -> tuple[Place, Runner]:
         """One lease counted in the place that is returned, now or when it is this waiter's turn."""
         self._refuse_when_closing()
-        places = self._places_of(model)
+        places = self._places.of(model)
         demand = self._within(demand, model)
         priority = _priority(model, trace)
         place = replicas.choose(places, demand, time.monotonic(), avoid)
@@ -166,12 +167,12 @@ class RunnerManager:
         try:
             self._reconsider()
         except BaseException:
-            self._forget(waiter)  # or it would stand in the way of all who come after
+            self._places.forget(waiter)  # or it would stand in the way of all who come after
             raise
         try:
             return await granted
         except asyncio.CancelledError:
-            if self._forget(waiter):
+            if self._places.forget(waiter):
                 self._reconsider()
             elif not granted.cancelled() and granted.exception() is None:
                 self._release(granted.result()[0], priority)
@@ -185,9 +186,9 @@ class RunnerManager:
         limit = place.model.settings.max_queue
         if limit and sum(len(each.waiters) for each in places) >= limit:
             message = f"too many requests are waiting for {place.model.name}"
-            raise OverloadedError(message, retry_after_s=self._retry_after_s(place))
-        if sum(len(each.waiters) for each in self._places.values()) >= self._settings.max_queue:
-            raise OverloadedError("too many requests are waiting", retry_after_s=self._retry_after_s(place))
+            raise OverloadedError(message, retry_after_s=self._places.retry_after_s(place))
+        if self._places.waiting >= self._settings.max_queue:
+            raise OverloadedError("too many requests are waiting", retry_after_s=self._places.retry_after_s(place))
 
     def _within(self, demand: Demand, model: Model) -> Demand:
         """What of it this model's engine can be asked for."""
@@ -195,14 +196,6 @@ class RunnerManager:
             return demand
         engine = self._engines.get(model.settings.engine)
         return demand.within(model) if engine is not None and engine.is_adjustable else NO_DEMAND
-
-    def _forget(self, waiter: Waiter) -> bool:
-        """Whether it still waited."""
-        for place in self._places.values():
-            if waiter in place.waiters:
-                place.waiters.remove(waiter)
-                return True
-        return False
 
     def _count_lease(self, place: Place, keep_alive_s: float | None, priority: int) -> None:
         place.holders[priority] += 1
@@ -218,7 +211,7 @@ class RunnerManager:
         self._serve_waiters(place)
         if place.leases == 0:
             place.idle_since = time.monotonic()
-            if all(other.leases == 0 for other in self._places.values()):
+            if all(other.leases == 0 for other in self._places):
                 self._idle.set()
         self._reconsider()
 
@@ -226,7 +219,7 @@ class RunnerManager:
         """As many as its engine answers side by side; the rest when those have ended. Where none waits here, those who
         wait for another replica are served."""
         now = time.monotonic()
-        queues = [place, *(other for other in self._replicas[place.model.name] if other is not place)]
+        queues = [place, *(other for other in self._places.replicas(place.model.name) if other is not place)]
         for other in queues:
             while place.runner and place.is_ready and other.waiters and place.leases < place.slots:
                 waiter = other.waiters.first(now)
@@ -246,7 +239,7 @@ class RunnerManager:
     def no_answer(self, lease: Lease) -> bool:
         """A request got none from the runner it was given; True where another replica may give it one."""
         replicas.strike(lease.place, time.monotonic())
-        return len(self._replicas[lease.place.model.name]) > 1
+        return len(self._places.replicas(lease.place.model.name)) > 1
 
     # -- what became of a load (see `Desk`) --------------------------------------------------------------------------
 
@@ -258,14 +251,14 @@ class RunnerManager:
         now = time.monotonic()
         for waiter in place.waiters.take_all():
             waiter.tried.add(place.name)
-            others = [p for p in self._replicas[place.model.name] if p.name not in waiter.tried]
+            others = [p for p in self._places.replicas(place.model.name) if p.name not in waiter.tried]
             others = [other for other in others if not replicas.is_ejected(other, now)]
             if others:
                 replicas.choose(others, waiter.demand, now).waiters.add(waiter)
                 self._loop.call_soon(self._reconsider)
             elif not waiter.granted.done():
                 waiter.granted.set_exception(error)
-        for other in self._replicas[place.model.name]:
+        for other in self._places.replicas(place.model.name):
             self._serve_waiters(other)
 
     def on_room(self) -> None:
@@ -275,7 +268,7 @@ class RunnerManager:
 
     async def load(self, model: Model, *, keep_alive_s: float | None = None) -> None:
         """Return once `model` is ready. Raises as `acquire` does. A person asks: earlier failures do not count."""
-        for place in self._replicas.get(model.name, ()):
+        for place in self._places.replicas(model.name):
             place.restarts.reset()
             replicas.answered(place)
             if place.runner is None:
@@ -290,7 +283,7 @@ class RunnerManager:
         are told so.
         """
         ending: list[Runner] = []
-        for place in self._replicas.get(model.name, ()):
+        for place in self._places.replicas(model.name):
             if place.runner is None:
                 place.failure = None
                 continue
@@ -308,14 +301,14 @@ class RunnerManager:
     def expire(self, model: Model) -> None:
         """Unload the model as soon as nobody uses it, or as soon as the configuration lets clients do so; returns at
         once, and it need not be loaded."""
-        for place in self._replicas.get(model.name, ()):
+        for place in self._places.replicas(model.name):
             if place.runner is not None:
                 place.keep_alive_s = place.kept_alive(0.0)
         self._reconsider()
 
     def set_keep_alive(self, model: Model, keep_alive_s: float) -> None:
         """As if a request with this keep_alive had just ended."""
-        for place in self._replicas.get(model.name, ()):
+        for place in self._places.replicas(model.name):
             if place.runner is not None:
                 place.keep_alive_s = place.kept_alive(keep_alive_s)
                 if place.idle_since is not None:
@@ -326,7 +319,7 @@ class RunnerManager:
         """Take no new requests, let running answers end within `drain_s`, then stop every engine. May be called again
         with a shorter time: the shorter one counts."""
         self._closing = True
-        for place in self._places.values():
+        for place in self._places:
             self._refuse_waiters(place, OverloadedError("the server is shutting down", retry_after_s=_RETRY_AFTER_S))
         try:
             async with asyncio.timeout(drain_s):
@@ -346,94 +339,31 @@ class RunnerManager:
 
     def residence(self, name: str) -> Residence | None:
         """Of the model of this name, its replicas taken together; None where it never was loaded."""
-        places, now = self._replicas.get(name), time.monotonic()
-        if not places:
-            return None
-        return together([place.residence(now, self._ledger.estimated(place)) for place in places])
+        return self._places.residence(name)
 
     def outlooks(self) -> Mapping[int, Outlook]:
         """What each waiting request may be told, by request id."""
-        return outlooks(list(self._places.values()), time.monotonic())
-
-    def _retry_after_s(self, place: Place) -> float:
-        """When one of those who wait for this place will have been served, from how long loads and answers took."""
-        told = self.outlooks()
-        ids = [waiter.trace.request_id for waiter in place.waiters if waiter.trace is not None]
-        left = [outlook.left_s for each in ids or told if (outlook := told.get(each)) and outlook.left_s is not None]
-        return min(left, default=0.0) or place.answer_s or _RETRY_AFTER_S
+        return self._places.outlooks()
 
     @property
     def pids(self) -> list[int]:
         """Of the engine processes there are."""
-        runners = (place.runner for place in self._places.values())
-        return [runner.pid for runner in runners if runner is not None and runner.pid is not None]
+        return self._places.pids
 
     @property
     def loaded(self) -> list[Model]:
         """The models that have a runner ready to answer."""
-        names = dict.fromkeys(place.model.name for place in self._places.values() if _is_ready(place))
-        return [self._replicas[name][0].model for name in names]
+        return self._places.loaded
 
     # -- acting on decisions -----------------------------------------------------------------------------------------
-
-    def _places_of(self, model: Model) -> list[Place]:
-        """One for each replica. The catalogue may have a newer model; a running engine keeps what it was started with,
-        and a place that is no replica any more is unloaded when it has answered."""
-        settings = model.settings
-        engines = [*[settings.engine] * settings.replicas, *settings.also_on]
-        places: list[Place] = []
-        for number, engine in enumerate(engines, 1):
-            name = model.name if number == 1 else f"{model.name}#{number}"
-            place = self._places.get(name)
-            if place is None or (place.runner is None and place.model is not model):
-                own = model if number == 1 else _on_engine(model, engine)
-                if place is None:
-                    place = self._places[name] = Place(name, own, Waiters(self._settings.max_wait))
-                place.model = own
-                place.pinned = settings.pin or not set(self._settings.always_stay).isdisjoint(settings.tags)
-                place.apart = frozenset(settings.tags) & frozenset(self._settings.never_together)
-                if (runs_it := self._engines.get(engine)) is not None:
-                    place.engine_kind, place.is_local = runs_it.kind, runs_it.is_local
-            places.append(place)
-        self._replicas[model.name] = places
-        return places
-
-    def _facts(self) -> Facts:
-        settings = self._settings
-        waiting = sorted((p for p in self._places.values() if p.waiters), key=lambda p: p.waiters.oldest().number)
-        return Facts(
-            now=time.monotonic(),
-            residents=[p.resident(self._ledger.held(p)) for p in self._places.values() if p.runner is not None],
-            waiting=[self._waiting(place) for place in waiting],
-            max_wait_s=settings.max_wait,
-            max_loaded=settings.max_loaded,
-            devices=self._ledger.devices() if waiting or settings.yield_to_others else (),
-            partial="offload" if settings.partial_offload else "refuse",
-            spread=settings.spread,
-            min_residency_s=settings.min_residency,
-            yields=settings.yield_to_others,
-        )
-
-    def _waiting(self, place: Place) -> Waiting:
-        leader = place.waiters.leader(time.monotonic())
-        need = self._ledger.need(place, leader.demand) if place.runner is None else None
-        return Waiting(
-            model=place.name,
-            since=place.waiters.oldest().since,
-            need=need,
-            devices=tuple(place.model.settings.devices),
-            is_local=place.is_local,
-            priority=max(waiter.priority for waiter in place.waiters),
-            apart=place.apart,
-        )
 
     def _reconsider(self) -> None:
         """Ask the scheduler, do what it says, and set the alarm for when to ask again."""
         if self._closing:
             return
-        for place in self._places.values():
+        for place in self._places:
             self._end_what_is_over(place)
-        decision = decide(self._facts())
+        decision = decide(self._places.facts())
         for action in decision.actions:
             place = self._places[action.model]
             match action:
@@ -467,11 +397,3 @@ class RunnerManager:
 
 def _priority(model: Model, trace: RequestTrace | None) -> int:
     return model.settings.priority + (trace.priority if trace is not None else 0)
-
-
-def _is_ready(place: Place) -> bool:
-    return place.runner is not None and place.runner.state is RunnerState.READY
-
-
-def _on_engine(model: Model, engine: str) -> Model:
-    return replace(model, settings=model.settings.model_copy(update={"engine": engine}))

@@ -12,11 +12,11 @@ from llamarunner.catalog.catalog import Model
 from llamarunner.errors import EngineError, LoadError
 from llamarunner.events import RunnerState
 from llamarunner.runners.demand import NO_DEMAND, Demand
+from llamarunner.runners.facts import Resident
 from llamarunner.runners.memory import Need
 from llamarunner.runners.placement import Placement
 from llamarunner.runners.restarts import OPEN_AFTER, WINDOW_S, Restarts
 from llamarunner.runners.runner import Runner
-from llamarunner.runners.scheduler import Resident
 from llamarunner.runners.waiters import Waiters
 from llamarunner.units import format_duration
 
@@ -50,6 +50,7 @@ class Place:
     name: str  # the model's, or "NAME#2" for its second replica
     model: Model  # as configured, for this replica's engine
     waiters: Waiters
+    base: Model | None = None  # the catalogue's, that `model` was made of
     pinned: bool = False
     apart: frozenset[str] = frozenset()  # its tags of which only one may be loaded at a time
     launched: Model | None = None  # as its runner was started: with what requests demanded

@@ -16,6 +16,7 @@ from llamarunner.catalog.catalog import Model, ModelDetails, Weights
 from llamarunner.config.schema import ModelSettings, SchedulerConfig
 from llamarunner.errors import DoesNotFitError, LoadError
 from llamarunner.events import EventBus, RunnerChanged, RunnerState
+from llamarunner.runners import scheduler
 from llamarunner.runners.footprints import Footprints
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.ledger import Ledger, placed
@@ -64,14 +65,16 @@ class Machine:
 
 
 class Stage:
-    def __init__(self, guardian: Guardian, session: aiohttp.ClientSession, machine: Machine, folder: Path) -> None:
+    def __init__(
+        self, guardian: Guardian, session: aiohttp.ClientSession, machine: Machine, folder: Path, **settings: Any
+    ) -> None:
         self.engines: dict[str, ScriptedEngine] = {}
         self.changes: list[RunnerChanged] = []
         self.bus = bus = EventBus()
         bus.subscribe(lambda event: self.changes.append(event) if isinstance(event, RunnerChanged) else None)
         self.machine, self.footprints = machine, Footprints(folder / "footprints.json")
         self.manager = machine.manager = RunnerManager(
-            self.engines, SchedulerConfig(max_wait=0.3, min_residency=0), bus=bus, guardian=guardian, session=session,
+            self.engines, SchedulerConfig(**{"max_wait": 0.3, "min_residency": 0, **settings}), bus=bus, guardian=guardian, session=session,
             log_for=lambda _: ListLog(), ledger=Ledger(machine, self.footprints),
         )  # fmt: skip
 
@@ -102,8 +105,8 @@ async def make_stage(guardian: Guardian, tmp_path: Path) -> AsyncIterator[Any]:
     stages: list[Stage] = []
     async with aiohttp.ClientSession() as session:
 
-        def make(*devices: Device) -> Stage:
-            stages.append(Stage(guardian, session, Machine(*devices), tmp_path))
+        def make(*devices: Device, **settings: Any) -> Stage:
+            stages.append(Stage(guardian, session, Machine(*devices), tmp_path, **settings))
             return stages[-1]
 
         yield make
@@ -214,6 +217,23 @@ async def test_foreign_memory_counts(make_stage: Any) -> None:
         await use(stage, stage.model("a", 7))
     stage.machine.all[0] = replace(stage.machine.all[0], used_by_others_bytes=0)
     await use(stage, stage.model("a", 7))
+
+
+async def test_idle_models_leave_when_other_programs_want_their_memory(
+    make_stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_LOOK_AT_OTHERS_S", 0.05)
+    stage = make_stage(ram(10), yield_to_others=True)
+    hold = asyncio.Event()
+    await use(stage, stage.model("a", 3))
+    busy = asyncio.create_task(use(stage, stage.model("b", 3), hold))
+    await soon(lambda: stage.spawns("b") and stage.state("b") is RunnerState.READY)
+    stage.machine.all[0] = replace(stage.machine.all[0], used_by_others_bytes=6 * GIB)
+    await soon(lambda: stage.state("a") is RunnerState.STOPPED)
+    assert "gives way to other programs, which hold 6.0 GiB of RAM" in stage.reasons("a")
+    assert stage.state("b") is RunnerState.READY, "it answers"
+    hold.set()
+    await busy
 
 
 def test_placing_a_model_changes_only_where_it_lies() -> None:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from llamarunner.events import RunnerState
-from llamarunner.runners.scheduler import Decision, Drain, Facts, Load, Refuse, Resident, Unload, Waiting, decide
+from llamarunner.runners.facts import Decision, Drain, Facts, Load, Refuse, Resident, Unload, Waiting
+from llamarunner.runners.scheduler import decide
 
 READY, LOADING, DRAINING, STOPPING = (
     RunnerState.READY,

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from llamarunner.events import RunnerState
+from llamarunner.runners.facts import Decision, Drain, Facts, Load, Refuse, Resident, Unload, Waiting
 from llamarunner.runners.memory import Layer, Need
 from llamarunner.runners.placement import RAM, Device
-from llamarunner.runners.scheduler import Decision, Drain, Facts, Load, Refuse, Resident, Unload, Waiting, decide
+from llamarunner.runners.scheduler import decide
 
 GIB = 1024**3
 READY, LOADING, DRAINING, STOPPING = (

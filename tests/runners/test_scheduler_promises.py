@@ -15,8 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from test_scheduler_memory import GIB, need, ram
 
 from llamarunner.events import RunnerState
+from llamarunner.runners.facts import Drain, Facts, Load, Refuse, Resident, Unload, Waiting
 from llamarunner.runners.placement import Placement
-from llamarunner.runners.scheduler import Drain, Facts, Load, Refuse, Resident, Unload, Waiting, decide
+from llamarunner.runners.scheduler import decide
 
 READY, LOADING, DRAINING, STOPPING = (
     RunnerState.READY,

@@ -1,0 +1,136 @@
+"""Every model's places, one for each replica, and what may be told of them all. Only the manager changes a place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from llamarunner.catalog.catalog import Model
+from llamarunner.config.schema import SchedulerConfig
+from llamarunner.engines.engine import Engine
+from llamarunner.events import RunnerState
+from llamarunner.runners.facts import Facts, Waiting
+from llamarunner.runners.ledger import Ledger
+from llamarunner.runners.outlook import Outlook, outlooks
+from llamarunner.runners.place import Place, Residence, together
+from llamarunner.runners.waiters import Waiter, Waiters
+
+_RETRY_AFTER_S = 5.0  # told to clients that are turned away, where nothing better is known
+
+
+class Places:
+    def __init__(self, engines: Mapping[str, Engine], settings: SchedulerConfig, ledger: Ledger) -> None:
+        self._engines = engines
+        self._settings = settings
+        self._ledger = ledger
+        self._places: dict[str, Place] = {}  # by their names
+        self._replicas: dict[str, list[Place]] = {}  # of each model, by its name
+
+    def __iter__(self) -> Iterator[Place]:
+        return iter(list(self._places.values()))
+
+    def __getitem__(self, name: str) -> Place:
+        return self._places[name]
+
+    def of(self, model: Model) -> list[Place]:
+        """One for each replica, made where it is not there yet. The catalogue may have a newer model; a running engine
+        keeps what it was started with."""
+        settings = model.settings
+        engines = [*[settings.engine] * settings.replicas, *settings.also_on]
+        names = [model.name, *(f"{model.name}#{number}" for number in range(2, len(engines) + 1))]
+        found = [self._at(name, model, engine) for name, engine in zip(names, engines, strict=True)]
+        self._replicas[model.name] = found
+        return found
+
+    def _at(self, name: str, model: Model, engine: str) -> Place:
+        place = self._places.get(name)
+        if place is not None and (place.runner is not None or place.base is model):
+            return place
+        settings = model.settings
+        own = model
+        if settings.engine != engine:
+            own = replace(model, settings=settings.model_copy(update={"engine": engine}))
+        if place is None:
+            place = self._places[name] = Place(name, own, Waiters(self._settings.max_wait))
+        place.base, place.model = model, own
+        place.pinned = settings.pin or not set(self._settings.always_stay).isdisjoint(settings.tags)
+        place.apart = frozenset(settings.tags) & frozenset(self._settings.never_together)
+        if (runs_it := self._engines.get(engine)) is not None:
+            place.engine_kind, place.is_local = runs_it.kind, runs_it.is_local
+        return place
+
+    def replicas(self, name: str) -> list[Place]:
+        """Of the model of this name; none where nobody ever asked for it."""
+        return self._replicas.get(name, [])
+
+    def forget(self, waiter: Waiter) -> bool:
+        """Whether it still waited."""
+        for place in self:
+            if waiter in place.waiters:
+                place.waiters.remove(waiter)
+                return True
+        return False
+
+    @property
+    def waiting(self) -> int:
+        """Requests, for any of them."""
+        return sum(len(place.waiters) for place in self)
+
+    # -- what may be told --------------------------------------------------------------------------------------------
+
+    def residence(self, name: str) -> Residence | None:
+        places, now = self._replicas.get(name), time.monotonic()
+        if not places:
+            return None
+        return together([place.residence(now, self._ledger.estimated(place)) for place in places])
+
+    def outlooks(self) -> Mapping[int, Outlook]:
+        return outlooks(list(self), time.monotonic())
+
+    def retry_after_s(self, place: Place) -> float:
+        """When one of those who wait for this place will have been served, from how long loads and answers took."""
+        told = self.outlooks()
+        ids = [waiter.trace.request_id for waiter in place.waiters if waiter.trace is not None]
+        left = [outlook.left_s for each in ids or told if (outlook := told.get(each)) and outlook.left_s is not None]
+        return min(left, default=0.0) or place.answer_s or _RETRY_AFTER_S
+
+    @property
+    def loaded(self) -> list[Model]:
+        ready = (p for p in self if p.runner is not None and p.runner.state is RunnerState.READY)
+        names = dict.fromkeys(place.model.name for place in ready)
+        return [self._replicas[name][0].model for name in names]
+
+    @property
+    def pids(self) -> list[int]:
+        runners = (place.runner for place in self)
+        return [runner.pid for runner in runners if runner is not None and runner.pid is not None]
+
+    def facts(self) -> Facts:
+        """For the scheduler."""
+        settings, now = self._settings, time.monotonic()
+        waiting = sorted((p for p in self if p.waiters), key=lambda p: p.waiters.oldest().number)
+        return Facts(
+            now=now,
+            residents=[p.resident(self._ledger.held(p)) for p in self if p.runner is not None],
+            waiting=[self._waiting(place, now) for place in waiting],
+            max_wait_s=settings.max_wait,
+            max_loaded=settings.max_loaded,
+            devices=self._ledger.devices() if waiting or settings.yield_to_others else (),
+            partial="offload" if settings.partial_offload else "refuse",
+            spread=settings.spread,
+            min_residency_s=settings.min_residency,
+            yields=settings.yield_to_others,
+        )
+
+    def _waiting(self, place: Place, now: float) -> Waiting:
+        leader = place.waiters.leader(now)
+        return Waiting(
+            model=place.name,
+            since=place.waiters.oldest().since,
+            need=self._ledger.need(place, leader.demand) if place.runner is None else None,
+            devices=tuple(place.model.settings.devices),
+            is_local=place.is_local,
+            priority=max(waiter.priority for waiter in place.waiters),
+            apart=place.apart,
+        )
