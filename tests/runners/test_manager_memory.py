@@ -73,8 +73,9 @@ class Stage:
         self.bus = bus = EventBus()
         bus.subscribe(lambda event: self.changes.append(event) if isinstance(event, RunnerChanged) else None)
         self.machine, self.footprints = machine, Footprints(folder / "footprints.json")
+        scheduler_config = SchedulerConfig(**{"max_wait": 0.3, "min_residency": 0, **settings})
         self.manager = machine.manager = RunnerManager(
-            self.engines, SchedulerConfig(**{"max_wait": 0.3, "min_residency": 0, **settings}), bus=bus, guardian=guardian, session=session,
+            self.engines, scheduler_config, bus=bus, guardian=guardian, session=session,
             log_for=lambda _: ListLog(), ledger=Ledger(machine, self.footprints),
         )  # fmt: skip
 
