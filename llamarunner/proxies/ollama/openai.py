@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from llamarunner.catalog.catalog import Model
+from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.errors import RequestError
 from llamarunner.proxies.body import QuotingError
 from llamarunner.proxies.dialect import Dialect
@@ -75,7 +75,8 @@ class OllamaOpenAI(OpenAIRoutes):
 
     def check_responses(self, body: dict[str, Any], model: Model) -> bool:
         is_changed = super().check_responses(body, model)
-        thinks = _set_thinking(body, model)
+        # coding agents ask every model for some effort
+        thinks = Capability.THINKING in model.capabilities and _set_thinking(body, model)
         return self._with_defaults(body) or thinks or is_changed
 
     def check_completion(self, body: dict[str, Any], model: Model) -> bool:
