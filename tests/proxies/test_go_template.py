@@ -33,6 +33,9 @@ def test_a_template_of_one_turn() -> None:
         ("", ""), ("plain", "plain"), ("{{.Prompt}}", "P"), ("a {{- .Prompt -}} b", "aPb"), ("{{ .System }}|", "S|"),
         ("{{ if .Suffix }}x{{ else }}y{{ end }}", "y"), ("{{ if .System }}x{{ else }}y{{ end }}", "x"),
         ("{{ if .Suffix }}{{ if .System }}x{{ else }}y{{ end }}{{ end }}z", "z"), ("{{/* said */}}x", "x"),
+        ("{{ if .Suffix }}x{{ else if .System }}y{{ else if .Prompt }}z{{ end }}", "y"),
+        ("{{ if .System }}x{{ else if .M }}{{ range .M }}{{ end }}y{{ else }}{{ .Tools }}{{ end }}|", "x|"),
+        ("{{ if .Suffix }}{{ range .M }}{{ if eq .R 1 }}{{ else if x }}{{ end }}{{ end }}{{ else }}z{{ end }}", "z"),
         ("a{{ .Response }}b", "a"), ("{{ if .Suffix }}{{ .Response }}{{ end }}b", "b"), ("{{", "{{"),
     ],
 )  # fmt: skip
@@ -43,8 +46,9 @@ def test_actions(template: str, rendered: str) -> None:
 @pytest.mark.parametrize(
     "template",
     [
+        "{{ if .Suffix }}x{{ else if .Messages }}y{{ end }}",
         "{{ range .Messages }}{{ .Content }}{{ end }}", "{{ .Tools }}", "{{ end }}", "{{ else }}", "{{ if .System }}x",
-        '{{ if eq .System "x" }}y{{ end }}', "{{ $x := .Prompt }}", "{{}}",
+        '{{ if eq .System "x" }}y{{ end }}', "{{ $x := .Prompt }}", "{{}}", "{{ if .System .Prompt }}x{{ end }}",
     ],
 )  # fmt: skip
 def test_what_needs_more_is_refused(template: str) -> None:

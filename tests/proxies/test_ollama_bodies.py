@@ -194,3 +194,12 @@ def test_openais_chats_get_what_the_model_brings_along() -> None:
     untouched: dict[str, Any] = {"messages": [ASK]}
     assert not lay_under(untouched, MODEL)
     assert untouched == {"messages": [ASK]}
+
+
+def test_a_models_own_template_fills_in() -> None:
+    fim = "{{- if .Suffix }}<pre>{{ .Prompt }}<suf>{{ .Suffix }}<mid>{{ else if .M }}{{ range .M }}{{ end }}{{ end }}"
+    path, body = plan(replace(MODEL, preset=Preset(template=fim)), suffix="s")
+    assert (path, body["prompt"]) == ("/completion", "<pre>?<suf>s<mid>")
+    assert plan(suffix="s")[0] == "/infill"
+    with pytest.raises(RequestError, match="m does not support insert"):
+        plan(replace(MODEL, details=ModelDetails()), suffix="s")

@@ -14,6 +14,7 @@ from llamarunner.config.schema import ModelSettings
 from llamarunner.errors import EngineRefusalError
 from llamarunner.events import RequestTrace
 from llamarunner.proxies.ollama import generate
+from llamarunner.proxies.ollama.asking import Question
 from llamarunner.proxies.ollama.chat import chat_body
 from llamarunner.proxies.ollama.shortening import Shortening
 from llamarunner.proxies.upstream import TOO_LONG
@@ -47,7 +48,9 @@ class Engine:
 
 async def shortened(request: dict[str, Any], asked: dict[str, Any], context: int) -> tuple[dict[str, Any], str, Engine]:
     engine, trace = Engine(), RequestTrace("ollama", "/api/chat", "")
-    shorten = Shortening(cast("Any", engine), MODEL, request, asked, trace)
+    path = "/api/chat" if "messages" in request else "/api/generate"
+    question = Question(cast("Any", SimpleNamespace(path=path)), request, MODEL, None, trace)
+    shorten = Shortening(cast("Any", engine), question, asked)
     refusal = EngineRefusalError(400, "too long", kind=TOO_LONG, context=context)
     body = await shorten(cast("Any", SimpleNamespace(runner=SimpleNamespace(context=None))), refusal)
     return orjson.loads(body), trace.truncated, engine

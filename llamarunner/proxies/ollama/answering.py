@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,14 +12,20 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from llamarunner.catalog.catalog import Model
-from llamarunner.errors import EngineGoneError, EngineRefusalError, LlamaRunnerError, ModelNotFoundError, RequestError
+from llamarunner.errors import (
+    EngineGoneError,
+    EngineRefusalError,
+    LlamaRunnerError,
+    ModelNotFoundError,
+    RequestError,
+    UnsupportedError,
+)
 from llamarunner.events import RequestTrace
 from llamarunner.proxies.dialect import json_response
-from llamarunner.proxies.figures import note_figures
+from llamarunner.proxies.figures import loggable, note_figures
 from llamarunner.proxies.ollama import generate
 from llamarunner.proxies.ollama.answer import Answer, line, rendered_reply
-from llamarunner.proxies.ollama.asking import Asking, read_fields
+from llamarunner.proxies.ollama.asking import Asking, Question, read_fields
 from llamarunner.proxies.ollama.chat import chat_body, template_question
 from llamarunner.proxies.ollama.lines import LineStream
 from llamarunner.proxies.ollama.messages import text_only
@@ -32,6 +37,8 @@ from llamarunner.runners.manager import Lease
 
 logger = logging.getLogger(__name__)
 
+_NOT_IMPLEMENTED = 501  # llama-server's word for what this model or its launch does not have
+
 
 class Answering:
     def __init__(self, relay: Relay, asking: Asking) -> None:
@@ -39,109 +46,81 @@ class Answering:
         self._asking = asking
 
     async def chat(self, request: web.Request, trace: RequestTrace) -> web.StreamResponse:
-        body = await read_fields(request, "ChatRequest")
-        if not body.get("model"):
+        fields = await read_fields(request, "ChatRequest")
+        if not fields.get("model"):
             raise RequestError("model is required")
-        model, keep = self._asking.begin(body, trace)
-        if not body.get("messages"):
-            return await self._asking.load_or_unload(body, model, keep, trace, chat=True)
-        asked = chat_body(body, model)
-        if body.get("_debug_render_only"):
-            return await self._render(body, model, keep, trace, asked)
-        return await self._answer(request, trace, model, generate.CHAT, asked, keep, body)
+        question = self._asking.begin(request, fields, trace)
+        if not fields.get("messages"):
+            return await self._asking.load_or_unload(question, chat=True)
+        body = chat_body(fields, question.model)
+        if fields.get("_debug_render_only"):
+            return await self._render(question, body)
+        return await self._answer(question, generate.CHAT, body)
 
     async def generate(self, request: web.Request, trace: RequestTrace) -> web.StreamResponse:
-        body = await read_fields(request, "GenerateRequest")
-        if not body.get("model"):
+        fields = await read_fields(request, "GenerateRequest")
+        if not fields.get("model"):
             raise ModelNotFoundError("")
-        model, keep = self._asking.begin(body, trace)
-        generate.refuse_picture_making(body)
-        if not body.get("prompt"):
-            return await self._asking.load_or_unload(body, model, keep, trace, chat=False)
-        path, asked = generate.plan(body, model)
-        if body.get("_debug_render_only"):
-            return await self._render(body, model, keep, trace, asked)
-        if body.get("context") and path == generate.COMPLETION:
-            return await self._continue(request, trace, model, keep, body, asked)
-        return await self._answer(request, trace, model, path, asked, keep, body)
+        question = self._asking.begin(request, fields, trace)
+        generate.refuse_picture_making(fields)
+        if not fields.get("prompt"):
+            return await self._asking.load_or_unload(question, chat=False)
+        path, body = generate.plan(fields, question.model)
+        if fields.get("_debug_render_only"):
+            return await self._render(question, body)
+        if fields.get("context") and path == generate.COMPLETION:
+            return await self._continue(question, body)
+        return await self._answer(question, path, body)
 
-    async def _render(
-        self, body: Mapping[str, Any], model: Model, keep: float | None, trace: RequestTrace, asked: dict[str, Any]
-    ) -> web.Response:
+    async def _render(self, question: Question, body: dict[str, Any]) -> web.Response:
         """Only the prompt that the model would see."""
-        prompt, files = asked.get("prompt") or asked.get("input_prefix"), 0
+        prompt, files = body.get("prompt") or body.get("input_prefix"), 0
         if not prompt:
-            messages, files = text_only(asked.get("messages") or generate.messages(body, model))
-            async with self._asking.lease(model, body, keep, trace) as lease:
-                rendered = await self._relay.call(lease, "/apply-template", template_question(asked, messages))
+            messages, files = text_only(body.get("messages") or generate.messages(question.fields, question.model))
+            async with self._asking.lease(question) as lease:
+                rendered = await self._relay.call(lease, "/apply-template", template_question(body, messages))
             prompt = rendered["prompt"]
-        return json_response(rendered_reply(body["model"], prompt, files, chat="messages" in body))
+        return json_response(rendered_reply(question.asked_name, prompt, files, chat=question.is_chat))
 
-    async def _continue(
-        self,
-        request: web.Request,
-        trace: RequestTrace,
-        model: Model,
-        keep: float | None,
-        body: Mapping[str, Any],
-        asked: dict[str, Any],
-    ) -> web.StreamResponse:
+    async def _continue(self, question: Question, body: dict[str, Any]) -> web.StreamResponse:
         """A prompt that follows on the tokens of an earlier answer: rendered, and put behind them as text."""
-        async with self._asking.lease(model, body, keep, trace) as lease:
+        async with self._asking.lease(question) as lease:
             try:
-                earlier = await self._relay.call(lease, "/detokenize", {"tokens": body["context"]})
+                earlier = await self._relay.call(lease, "/detokenize", {"tokens": question.fields["context"]})
             except EngineRefusalError as refusal:
                 raise RequestError(generate.NOT_TOKENS) from refusal
-            asked["prompt"] = earlier["content"] + (asked["prompt"] or await self._turn(lease, body, model))
-            shorten = Shortening(self._relay, model, body, asked, trace)
+            body["prompt"] = earlier["content"] + (body["prompt"] or await self._turn(lease, question))
+            shorten = Shortening(self._relay, question, body)
             async with self._relay.ask_shortened(
-                lease, generate.COMPLETION, orjson.dumps(asked), trace, shorten
+                lease, generate.COMPLETION, orjson.dumps(body), question.trace, shorten
             ) as upstream:
-                return await self._write(request, trace, model, body, upstream, lease)
+                return await self._write(question, upstream, lease)
 
-    async def _turn(self, lease: Lease, body: Mapping[str, Any], model: Model) -> str:
-        messages, _ = text_only(generate.messages(body, model))
+    async def _turn(self, lease: Lease, question: Question) -> str:
+        messages, _ = text_only(generate.messages(question.fields, question.model))
         rendered = await self._relay.call(lease, "/apply-template", {"messages": messages})
         prompt: str = rendered["prompt"]
         return prompt
 
-    async def _answer(
-        self,
-        request: web.Request,
-        trace: RequestTrace,
-        model: Model,
-        path: str,
-        asked: dict[str, Any],
-        keep: float | None,
-        body: Mapping[str, Any],
-    ) -> web.StreamResponse:
-        shorten = Shortening(self._relay, model, body, asked, trace)
-        demand = self._asking.demand(model, body)
-        async with self._relay.ask(
-            model, path, orjson.dumps(asked), trace, keep_alive_s=keep, demand=demand, shorten=shorten
-        ) as (
-            upstream,
-            lease,
-        ):
-            return await self._write(request, trace, model, body, upstream, lease)
+    async def _answer(self, question: Question, path: str, body: dict[str, Any]) -> web.StreamResponse:
+        shorten = Shortening(self._relay, question, body)
+        try:
+            async with self._asking.answer(question, path, orjson.dumps(body), shorten) as (upstream, lease):
+                return await self._write(question, upstream, lease)
+        except EngineRefusalError as refusal:
+            if path == generate.INFILL and refusal.status == _NOT_IMPLEMENTED:
+                raise UnsupportedError(f"{question.model.name} does not support insert") from refusal
+            raise
 
-    async def _write(
-        self,
-        request: web.Request,
-        trace: RequestTrace,
-        model: Model,
-        body: Mapping[str, Any],
-        upstream: aiohttp.ClientResponse,
-        lease: Lease,
-    ) -> web.StreamResponse:
+    async def _write(self, question: Question, upstream: aiohttp.ClientResponse, lease: Lease) -> web.StreamResponse:
         """The engine's stream in Ollama's shape, streamed or whole."""
-        chat = request.path.startswith("/api/chat")
+        trace, chat = question.trace, question.is_chat
         load_ns = round(lease.waited_s * 1e9)
-        answer = Answer(body["model"], chat=chat, started_ns=round(trace.started * 1e9), load_ns=load_ns)
-        writer = LineStream(request, trace) if trace.stream else None
+        answer = Answer(question.asked_name, chat=chat, started_ns=round(trace.started * 1e9), load_ns=load_ns)
+        writer = LineStream(question.request, trace) if trace.stream else None
         try:
             await _read(upstream, answer, trace, writer)
-            context = None if chat or body.get("raw") else await self._context(lease, body, model, answer)
+            context = None if chat or question.fields.get("raw") else await self._context(lease, question, answer)
         except LlamaRunnerError as error:
             if writer is None or not writer.has_begun:
                 raise
@@ -152,19 +131,20 @@ class Answering:
         await writer.write(line(answer.final(context)))
         return await writer.end()
 
-    async def _context(self, lease: Lease, body: Mapping[str, Any], model: Model, answer: Answer) -> list[int] | None:
+    async def _context(self, lease: Lease, question: Question, answer: Answer) -> list[int] | None:
         """The tokens of prompt and answer, which clients may send back to go on from here; None where the engine has no
         way to tell."""
-        if body.get("suffix") or not lease.plan.is_llama_cpp:
+        fields, model = question.fields, question.model
+        if fields.get("suffix") or not lease.plan.is_llama_cpp:
             return None
         try:
-            rendered = generate.own_template(body, model) or await self._turn(lease, body, model)
+            rendered = generate.own_template(fields, model) or await self._turn(lease, question)
             text = rendered + "".join(answer.content)
             tokens = await self._relay.call(lease, "/tokenize", {"content": text, "add_special": True})
         except EngineRefusalError as refusal:
-            logger.info("%s: no context for this answer: %s", model.name, refusal)
+            logger.info("%s: no context for this answer: %s", model.name, loggable(refusal))
             return None
-        return [*(body.get("context") or ()), *tokens["tokens"]]
+        return [*(fields.get("context") or ()), *tokens["tokens"]]
 
 
 async def _read(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
 from aiohttp import web
 
 from llamarunner.catalog.catalog import Model
@@ -19,7 +21,7 @@ from llamarunner.proxies.ollama.demands import demand_of
 from llamarunner.proxies.ollama.fields import check_request
 from llamarunner.proxies.ollama.options import unknown
 from llamarunner.proxies.ollama.parameters import keep_alive_s
-from llamarunner.proxies.relay import Relay
+from llamarunner.proxies.relay import Relay, Shorten
 from llamarunner.runners.demand import Demand
 from llamarunner.runners.manager import Lease
 
@@ -28,19 +30,40 @@ logger = logging.getLogger(__name__)
 _MOST_NAMES = 200
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request for an answer, as far as it is known before any engine is asked."""
+
+    request: web.Request
+    fields: Mapping[str, Any]  # of its body, checked
+    model: Model
+    keep_alive_s: float | None  # how long the model stays afterwards, None for as long as it would
+    trace: RequestTrace
+
+    @property
+    def is_chat(self) -> bool:
+        return self.request.path.startswith("/api/chat")
+
+    @property
+    def asked_name(self) -> str:
+        """The model as the client spelt it."""
+        name: str = self.fields["model"]
+        return name
+
+
 class Asking:
     def __init__(self, relay: Relay, client_context: ClientContext) -> None:
         self._relay = relay
         self._client_context = client_context
         self._told: set[str] = set()  # unknown options that the log has named
 
-    def begin(self, body: Mapping[str, Any], trace: RequestTrace) -> tuple[Model, float | None]:
-        """The model, and how long it stays afterwards; what every request for an answer says first."""
-        trace.model, trace.stream = body["model"], body.get("stream", True)
+    def begin(self, request: web.Request, fields: Mapping[str, Any], trace: RequestTrace) -> Question:
+        """Raises ModelNotFoundError, and RequestError for a bad keep_alive."""
+        trace.model, trace.stream = fields["model"], fields.get("stream", True)
         model = self._relay.catalog.find(trace.model)
         trace.model = model.name
-        self._report_unknown(body.get("options") or {}, trace)
-        return model, keep_alive_s(body.get("keep_alive"))
+        self._report_unknown(fields.get("options") or {}, trace)
+        return Question(request, fields, model, keep_alive_s(fields.get("keep_alive")), trace)
 
     def _report_unknown(self, options: Mapping[str, Any], trace: RequestTrace) -> None:
         """In the request's record, and once in the log."""
@@ -51,30 +74,44 @@ class Asking:
                 self._told.add(name)
                 logger.warning("a client set the option %s, which is unknown and ignored", name)
 
-    def demand(self, model: Model, body: Mapping[str, Any]) -> Demand:
-        return demand_of(body.get("options") or {}, model.preset.parameters, self._client_context)
+    def demand(self, model: Model, options: Mapping[str, Any]) -> Demand:
+        return demand_of(options, model.preset.parameters, self._client_context)
 
     @asynccontextmanager
-    async def lease(
-        self, model: Model, body: Mapping[str, Any], keep: float | None, trace: RequestTrace
-    ) -> AsyncIterator[Lease]:
-        demand = self.demand(model, body)
-        async with self._relay.manager.acquire(model, trace, keep_alive_s=keep, demand=demand) as lease:
+    async def lease(self, question: Question) -> AsyncIterator[Lease]:
+        demand = self.demand(question.model, question.fields.get("options") or {})
+        async with self._relay.manager.acquire(
+            question.model, question.trace, keep_alive_s=question.keep_alive_s, demand=demand
+        ) as lease:
             yield lease
 
-    async def load(self, model: Model, body: Mapping[str, Any], keep: float | None, trace: RequestTrace) -> None:
-        async with self.lease(model, body, keep, trace):
+    @asynccontextmanager
+    async def answer(
+        self, question: Question, path: str, body: bytes, shorten: Shorten
+    ) -> AsyncIterator[tuple[aiohttp.ClientResponse, Lease]]:
+        demand = self.demand(question.model, question.fields.get("options") or {})
+        async with self._relay.ask(
+            question.model,
+            path,
+            body,
+            question.trace,
+            keep_alive_s=question.keep_alive_s,
+            demand=demand,
+            shorten=shorten,
+        ) as answer:
+            yield answer
+
+    async def load(self, question: Question) -> None:
+        async with self.lease(question):
             pass
 
-    async def load_or_unload(
-        self, body: Mapping[str, Any], model: Model, keep: float | None, trace: RequestTrace, *, chat: bool
-    ) -> web.Response:
+    async def load_or_unload(self, question: Question, *, chat: bool) -> web.Response:
         """Without a prompt, a request only loads its model, or with keep_alive 0 lets it go."""
-        if keep == 0:
-            self._relay.manager.expire(model)
-            return json_response(bare_reply(body["model"], "unload", chat=chat))
-        await self.load(model, body, keep, trace)
-        return json_response(bare_reply(body["model"], "load", chat=chat))
+        if question.keep_alive_s == 0:
+            self._relay.manager.expire(question.model)
+            return json_response(bare_reply(question.asked_name, "unload", chat=chat))
+        await self.load(question)
+        return json_response(bare_reply(question.asked_name, "load", chat=chat))
 
 
 async def read_fields(request: web.Request, struct: str) -> dict[str, Any]:

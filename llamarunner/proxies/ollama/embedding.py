@@ -11,11 +11,10 @@ from typing import Any
 
 from aiohttp import web
 
-from llamarunner.catalog.catalog import Model
 from llamarunner.errors import EngineRefusalError, ModelNotFoundError, OverloadedError, RequestError
 from llamarunner.events import RequestTrace
 from llamarunner.proxies.dialect import json_response
-from llamarunner.proxies.ollama.asking import Asking, read_fields
+from llamarunner.proxies.ollama.asking import Asking, Question, read_fields
 from llamarunner.proxies.ollama.embed import (
     L2,
     RAW,
@@ -45,60 +44,57 @@ class Embedding:
         self._asking = asking
 
     async def embed(self, request: web.Request, trace: RequestTrace) -> web.StreamResponse:
-        body = await read_fields(request, "EmbedRequest")
-        if not body.get("model"):
+        fields = await read_fields(request, "EmbedRequest")
+        if not fields.get("model"):
             raise ModelNotFoundError("")
-        model, keep = self._begin(body, trace)
-        texts = inputs_of(body.get("input"))
+        question = self._begin(request, fields, trace)
+        texts = inputs_of(fields.get("input"))
         if not texts:
-            await self._asking.load(model, body, keep, trace)
-            return json_response({"model": body["model"], "embeddings": []})
-        require_embeddings(model)
-        batch = _Batch(self._relay, model, texts, trace, normalize=L2, truncate=body.get("truncate", True))
-        lease = await batch.run(self._asking, body, keep)
-        vectors = [unit(vector, body.get("dimensions", 0)) for vector in batch.vectors]
+            await self._asking.load(question)
+            return json_response({"model": question.asked_name, "embeddings": []})
+        require_embeddings(question.model)
+        batch = _Batch(self._relay, question, texts, normalize=L2)
+        lease = await batch.run(self._asking)
+        vectors = [unit(vector, fields.get("dimensions", 0)) for vector in batch.vectors]
         figures = {
             "total_duration": max(round((time.monotonic() - trace.started) * 1e9), 1),
             "load_duration": max(round(lease.waited_s * 1e9), 1),
             "prompt_eval_count": batch.tokens,
         }
-        return json_response({"model": body["model"], "embeddings": vectors} | {k: v for k, v in figures.items() if v})
+        kept = {name: figure for name, figure in figures.items() if figure}
+        return json_response({"model": question.asked_name, "embeddings": vectors, **kept})
 
     async def embeddings(self, request: web.Request, trace: RequestTrace) -> web.StreamResponse:
         """The older endpoint: one text, and for some models its vector as it comes."""
-        body = await read_fields(request, "EmbeddingRequest")
-        if not body.get("model"):
+        fields = await read_fields(request, "EmbeddingRequest")
+        if not fields.get("model"):
             raise RequestError("model is required")
-        model, keep = self._begin(body, trace)
-        prompt = body.get("prompt")
+        question = self._begin(request, {**fields, "truncate": True}, trace)
+        prompt = fields.get("prompt")
         if not prompt:
-            await self._asking.load(model, body, keep, trace)
+            await self._asking.load(question)
             return json_response({"embedding": []})
-        require_embeddings(model)
-        normalize = RAW if is_raw(model) else L2
-        batch = _Batch(self._relay, model, [prompt], trace, normalize=normalize, truncate=True)
-        await batch.run(self._asking, body, keep)
+        require_embeddings(question.model)
+        normalize = RAW if is_raw(question.model) else L2
+        batch = _Batch(self._relay, question, [prompt], normalize=normalize)
+        await batch.run(self._asking)
         (vector,) = batch.vectors
         return json_response({"embedding": vector if normalize == RAW else unit(vector)})
 
-    def _begin(self, body: Mapping[str, Any], trace: RequestTrace) -> tuple[Model, float | None]:
-        model, keep = self._asking.begin(body, trace)
+    def _begin(self, request: web.Request, fields: Mapping[str, Any], trace: RequestTrace) -> Question:
+        question = self._asking.begin(request, fields, trace)
         trace.stream = False
-        return model, keep
+        return question
 
 
 class _Batch:
     """The texts of one request. Whoever has a lease takes the next one: the first has the request's own, and others
     join as long as the engine has slots free, so that a batch is in nobody's way."""
 
-    def __init__(
-        self, relay: Relay, model: Model, texts: list[str], trace: RequestTrace, *, normalize: int, truncate: bool
-    ) -> None:
+    def __init__(self, relay: Relay, question: Question, texts: list[str], *, normalize: int) -> None:
         self._relay = relay
-        self._model = model
-        self._trace = trace
+        self._question = question
         self._normalize = normalize
-        self._truncate = truncate
         self._texts = texts
         self._untaken = iter(range(len(texts)))
         self._left = len(texts)
@@ -107,8 +103,8 @@ class _Batch:
         self.vectors: list[list[float]] = [[] for _ in texts]
         self.tokens = 0
 
-    async def run(self, asking: Asking, body: Mapping[str, Any], keep: float | None) -> Lease:
-        async with asking.lease(self._model, body, keep, self._trace) as lease:
+    async def run(self, asking: Asking) -> Lease:
+        async with asking.lease(self._question) as lease:
             more = min(lease.runner.slots or 1, len(self._texts)) - 1
             try:
                 async with asyncio.TaskGroup() as group:
@@ -119,18 +115,19 @@ class _Batch:
                         helper.cancel()  # it has nothing to do, or waits for a slot in vain
             except BaseExceptionGroup as failed:
                 raise failed.exceptions[0] from None
-        self._trace.prompt_tokens = self.tokens
+        trace = self._question.trace
+        trace.prompt_tokens = self.tokens
         if self._shortened:
-            self._trace.truncated = f"the end of {self._shortened} of {len(self._texts)} inputs"
-            logger.info("%s: %s was longer than its context", self._model.name, self._trace.truncated)
+            trace.truncated = f"the end of {self._shortened} of {len(self._texts)} inputs"
+            logger.info("%s: %s was longer than its context", trace.model, trace.truncated)
         return lease
 
     async def _help(self) -> None:
         try:
-            async with self._relay.manager.acquire(self._model) as lease:
+            async with self._relay.manager.acquire(self._question.model) as lease:
                 await self._work(lease)
         except OverloadedError:
-            logger.debug("%s: no slot to embed in beside the first", self._model.name)
+            logger.debug("%s: no slot to embed in beside the first", self._question.model.name)
 
     async def _work(self, lease: Lease) -> None:
         for index in self._untaken:
@@ -148,7 +145,7 @@ class _Batch:
             room = _room(refusal, lease)
             if not room:
                 raise
-            if not self._truncate:
+            if not self._question.fields.get("truncate", True):
                 raise RequestError(TOO_LONG) from None
         whole = await self._relay.call(lease, "/tokenize", {"content": text, "add_special": True})
         plain = await self._relay.call(lease, "/tokenize", {"content": text, "add_special": False})

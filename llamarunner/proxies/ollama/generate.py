@@ -33,7 +33,7 @@ def plan(request: Mapping[str, Any], model: Model) -> tuple[str, dict[str, Any]]
         return COMPLETION, completion_body(request, model, request["prompt"])
     if request.get("suffix"):
         _refuse_images(request, "a prompt with a suffix")
-        return INFILL, _infill_body(request, model)
+        return _filling(request, model)
     if not all(0 <= token < _MOST_TOKENS for token in request.get("context", ())):
         raise RequestError(NOT_TOKENS)
     if prompt := own_template(request, model):
@@ -80,12 +80,14 @@ def completion_body(request: Mapping[str, Any], model: Model, prompt: str | Sequ
     return body
 
 
-def _infill_body(request: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """POST /infill: what goes between `prompt` and `suffix`."""
+def _filling(request: Mapping[str, Any], model: Model) -> tuple[str, dict[str, Any]]:
+    """What goes between `prompt` and `suffix`: by the template that the model has for it, or the engine's own way."""
     if Capability.INSERT not in model.capabilities:
         raise UnsupportedError(f"{model.name} does not support insert")
-    body = completion_body(request, model, "")
-    return {**body, "input_prefix": request["prompt"], "input_suffix": request["suffix"]}
+    prompt, suffix, template = request["prompt"], request["suffix"], model.preset.template
+    if ".Suffix" in template:
+        return COMPLETION, completion_body(request, model, render(template, "", prompt, suffix))
+    return INFILL, {**completion_body(request, model, ""), "input_prefix": prompt, "input_suffix": suffix}
 
 
 def _refuse_images(request: Mapping[str, Any], what: str) -> None:

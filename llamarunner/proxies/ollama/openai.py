@@ -61,7 +61,7 @@ class OllamaOpenAI(OpenAIRoutes):
         if body.get("num_ctx") is not None:
             asked["num_ctx"] = body["num_ctx"]
         try:
-            return self._asking.demand(model, {"options": asked})
+            return self._asking.demand(model, asked)
         except OptionError as error:
             raise RequestError(error.message) from None  # 500 is for Ollama's own API
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import orjson
 
-from llamarunner.catalog.catalog import Model
 from llamarunner.errors import EngineRefusalError
-from llamarunner.events import RequestTrace
+from llamarunner.proxies.ollama.asking import Question
 from llamarunner.proxies.ollama.chat import template_question
 from llamarunner.proxies.ollama.messages import Message, text_only
 from llamarunner.proxies.ollama.truncate import IMAGE_TOKENS, cuts, least_cut, without_middle, without_oldest
@@ -25,25 +24,24 @@ logger = logging.getLogger(__name__)
 
 
 class Shortening:
-    """Of one request: `asked` is the body that was refused, `request` Ollama's that it was made from."""
+    """Of one question: `asked` is the body that was refused."""
 
-    def __init__(
-        self, relay: Relay, model: Model, request: Mapping[str, Any], asked: Mapping[str, Any], trace: RequestTrace
-    ) -> None:
+    def __init__(self, relay: Relay, question: Question, asked: Mapping[str, Any]) -> None:
         self._relay = relay
-        self._model = model
-        self._request = request
+        self._fields = question.fields
+        self._is_chat = question.is_chat
+        self._model = question.model
+        self._trace = question.trace
         self._asked = asked
-        self._trace = trace
 
     async def __call__(self, lease: Lease, refusal: EngineRefusalError) -> bytes:
         """The body to ask instead. Raises `refusal` where the prompt must stay whole, or nothing makes it fit."""
         room = refusal.context or lease.runner.context
-        if not self._request.get("truncate", True) or room is None:
+        if not self._fields.get("truncate", True) or room is None:
             raise refusal
         if "messages" not in self._asked:
             changes = await self._shorter_text(lease, room)
-        elif "messages" in self._request:
+        elif self._is_chat:
             changes = await self._fewer_messages(lease, room)
         else:
             changes = await self._shorter_prompt(lease, room)
