@@ -13,7 +13,7 @@ import orjson
 
 from llamarunner.ask import reachable_url, request_headers
 from llamarunner.catalog.librarian import Librarian
-from llamarunner.catalog.library import Library, library_root
+from llamarunner.catalog.library import open_library
 from llamarunner.catalog.pull import Progress, Pulls
 from llamarunner.catalog.stores import discover, kept_headers
 from llamarunner.config.load import LoadedConfig
@@ -54,7 +54,7 @@ async def _pull(loaded: LoadedConfig, name: str, *, insecure: bool, as_json: boo
         if not as_json and sys.stderr.isatty():
             display = stack.enter_context(_Bars())
         if running is None:
-            pulls = Pulls(Library(library_root(loaded.config)), _nobody_to_tell)
+            pulls = Pulls(open_library(loaded.config), _nobody_to_tell)
             try:
                 await _show(pulls.pull(name, insecure=insecure), display)
             finally:
@@ -75,7 +75,7 @@ async def _remove(loaded: LoadedConfig, name: str) -> None:
         await _ask_there("DELETE", f"{url}/api/delete", headers, {"model": name})
         return
     catalog = await asyncio.to_thread(discover, loaded.config, headers=kept_headers())
-    library = Library(library_root(loaded.config))
+    library = open_library(loaded.config)
     pulls = Pulls(library, _nobody_to_tell)
     librarian = Librarian(library, pulls, catalog=lambda: catalog, rescan=_nobody_to_tell, expire=lambda _model: None)
     await librarian.delete(name)

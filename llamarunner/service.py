@@ -12,7 +12,7 @@ import aiohttp
 from llamarunner import paths
 from llamarunner.catalog.catalog import Catalog
 from llamarunner.catalog.librarian import Librarian
-from llamarunner.catalog.library import Library, library_root
+from llamarunner.catalog.library import open_library
 from llamarunner.catalog.pull import Pulls
 from llamarunner.catalog.stores import Discovery, kept_headers
 from llamarunner.config.load import LoadedConfig
@@ -69,7 +69,7 @@ class Service:
         self._engine_list = EngineList(paths.state_dir() / "engines", self._guardian)
         self._hardware = HardwareSampler(self._engine_pids)
         self._discovery = Discovery(self._config, headers=kept_headers())
-        self._library = Library(library_root(self._config))
+        self._library = open_library(self._config)
         self._pulls = Pulls(self._library, self._rescan)
         self._catalog = Catalog()
         self._pids: tuple[int, ...] = ()

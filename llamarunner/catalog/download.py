@@ -345,9 +345,11 @@ class Downloads:
     def _is_here(self, layer: Layer) -> bool:
         try:
             path = self._library.blob(layer.digest)
-            return path is not None and path.stat().st_size == layer.size
+            if path is not None and path.stat().st_size == layer.size:
+                return True
         except (OSError, ManifestError):
             return False
+        return self._library.take_from_others(layer)
 
     def held_bytes(self, layer: Layer) -> int:
         """What an unfinished download has on the disk. Blocks."""

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -37,8 +37,10 @@ from llamarunner.catalog.manifests import (
     walk,
 )
 from llamarunner.catalog.names import ModelName
+from llamarunner.catalog.ollama_store import ollama_folders
 from llamarunner.config.schema import Config
 from llamarunner.errors import LlamaRunnerError, ModelNotFoundError, RequestError
+from llamarunner.units import format_size
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ PARTIAL = "-partial"  # what the names of unfinished downloads go on with
 KEEP_LOOSE_S = 3600.0  # blobs without a manifest: one may be about to come
 KEEP_PARTIAL_S = 14 * 86400.0  # unfinished downloads, which somebody may take up again
 
+_SPARE = 64 * 1024**2  # bytes of the disk that are left free
 _UPLOAD = ".upload-"
 
 
@@ -64,6 +67,10 @@ class DigestMismatchError(RequestError):
         super().__init__(f'digest mismatch, expected "{expected}", got "{got}"')
 
 
+class NoSpaceError(LibraryError):
+    code = "no_space"
+
+
 class MissingBlobError(LibraryError):
     def __init__(self, name: ModelName, layer: Layer) -> None:
         super().__init__(f"{name.short} needs the blob {layer.digest}, which is not there", hint="pull it again")
@@ -73,11 +80,25 @@ def library_root(config: Config) -> Path:
     return config.discovery.library or paths.data_dir() / "models"
 
 
+def open_library(config: Config) -> Library:
+    """The library of this configuration."""
+    return Library(library_root(config), others=ollama_folders(os.environ) if config.discovery.ollama else ())
+
+
 class Library:
     """Nothing is made on the disk before something is put into it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        others: Sequence[str] = (),
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
+        """`others` are stores of the same layout, Ollama's own, whose blobs need not be fetched once more."""
         self.root = root
+        self._others = tuple(map(Path, others))
+        self._free_bytes = free_bytes
         self._mutex = threading.RLock()
         self._held: Counter[str] = Counter()
 
@@ -96,6 +117,19 @@ class Library:
         """None where it is not there, or is a link whose file has gone. Raises ManifestError for what is no digest."""
         path = blob_path(self.root, digest)
         return path if path.exists() else None
+
+    def check_space(self, wanted: int, name: str) -> None:
+        """Raises NoSpaceError where the disk has no room for so many more bytes of `name`."""
+        if not wanted:
+            return
+        with self._explained():
+            free = self._free_bytes(self.blobs)
+        if free < wanted + _SPARE:
+            raise NoSpaceError(
+                f"not enough disk space: {name} needs {format_size(wanted)} more, "
+                f"and {format_size(free)} are free in {self.root}",
+                hint="remove a model with `llamarunner rm`, or set discovery.library to a folder on another disk",
+            )
 
     # -- blobs -------------------------------------------------------------------------------------------------------
 
@@ -133,6 +167,18 @@ class Library:
             except OSError:  # also another file system, or another's file
                 draft.symlink_to(target)
             draft.replace(place)
+
+    def take_from_others(self, layer: Layer) -> bool:
+        """Whether another store had the blob, which is ours as well now."""
+        for other in self._others:
+            path = blob_path(other, layer.digest)
+            try:
+                if path.stat().st_size == layer.size:
+                    self.link_blob(path, layer.digest)
+                    return True
+            except OSError:
+                continue  # it has none, or none for us
+        return False
 
     @property
     def blobs(self) -> Path:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import shutil
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -24,7 +22,6 @@ from llamarunner.catalog.names import ModelName
 from llamarunner.catalog.registry import HUB_HOSTS, Origin, Registry, RegistryError, download_session
 from llamarunner.errors import LlamaRunnerError, OverloadedError, RequestError, UnsupportedError
 from llamarunner.events import PullState
-from llamarunner.units import format_size
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +29,6 @@ TICK_S = 0.06  # between two lines of progress
 _AT_ONCE = 3
 _MOST = 64  # running and waiting
 _RECENT = 10  # finished ones that are still told of
-_SPARE = 64 * 1024**2  # bytes of the disk that are left free
-
-
-class NoSpaceError(LlamaRunnerError):
-    code = "no_space"
 
 
 class PullCancelledError(LlamaRunnerError):
@@ -131,12 +123,10 @@ class Pulls:
         changed: Callable[[], Awaitable[None]],
         *,
         pace: Pace | None = None,
-        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
         self._library = library
         self._on_change = changed
         self._downloads = Downloads(library, pace or Pace())
-        self._free_bytes = free_bytes
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._running: dict[str, tuple[Pull, asyncio.Task[None]]] = {}
         self._recent: deque[Pull] = deque(maxlen=_RECENT)
@@ -300,18 +290,7 @@ class Pulls:
 
     def _check_space(self, name: ModelName, missing: list[Layer]) -> None:
         wanted = sum(max(layer.size - self._downloads.held_bytes(layer), 0) for layer in missing)
-        if not wanted:
-            return
-        try:
-            free = self._free_bytes(self._library.blobs)
-        except OSError as error:
-            raise NoSpaceError(f"{self._library.root}: {error.strerror}", hint="see discovery.library") from error
-        if free < wanted + _SPARE:
-            raise NoSpaceError(
-                f"not enough disk space: {name.short} needs {format_size(wanted)} more, "
-                f"and {format_size(free)} are free in {self._library.root}",
-                hint="remove a model with `llamarunner rm`, or set discovery.library to a folder on another disk",
-            )
+        self._library.check_space(wanted, name.short)
 
 
 async def _until(event: asyncio.Event, task: asyncio.Task[None], timeout_s: float | None = None) -> bool:

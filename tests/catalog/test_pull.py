@@ -152,6 +152,24 @@ async def test_a_token_for_anyone_is_fetched_and_stays_with_its_host(
     assert [each.path for each in registry.asked].count("/token") == 1
 
 
+async def test_what_ollama_has_already_is_not_fetched_again(registry: FakeRegistry, tmp_path: Path) -> None:
+    digest, other = model_digest(registry), tmp_path / "ollama/blobs"
+    other.mkdir(parents=True)
+    (other / digest.replace(":", "-")).write_bytes(BIG)
+    library = Library(tmp_path / "library", others=["/nonexistent", str(tmp_path / "ollama")])
+    pulls = Pulls(library, nothing, pace=PACE)
+    lines = await lines_of(pulls, f"{registry.host}/library/big")
+    assert {"status": f"pulling {digest[7:19]}", "digest": digest, "total": len(BIG), "completed": len(BIG)} in lines
+    assert registry.blob_requests(digest) == []
+    check_whole(library, registry)
+    library.delete(ModelName.parse(f"{registry.host}/library/big"))
+    assert (other / digest.replace(":", "-")).read_bytes() == BIG
+    (other / digest.replace(":", "-")).write_bytes(BIG[:-1])  # not what was promised
+    await lines_of(pulls, f"{registry.host}/library/big")
+    check_whole(library, registry)
+    await pulls.close()
+
+
 # --- sharing, leaving, coming back -----------------------------------------------------------------------------------
 
 
@@ -420,8 +438,8 @@ async def test_http_must_be_meant(pulls: Pulls) -> None:
         pulls.start("http://127.0.0.1:1/library/m")
 
 
-async def test_a_disk_without_room_is_told_before_the_first_byte(registry: FakeRegistry, library: Library) -> None:
-    pulls = Pulls(library, nothing, pace=PACE, free_bytes=lambda _: 64 * 1024**2)
+async def test_a_disk_without_room_is_told_before_the_first_byte(registry: FakeRegistry, tmp_path: Path) -> None:
+    pulls = Pulls(Library(tmp_path / "library", free_bytes=lambda _: 64 * 1024**2), nothing, pace=PACE)
     with pytest.raises(LlamaRunnerError, match=r"needs 256\.0 KiB more, and 64\.0 MiB are free in .*/library"):
         await lines_of(pulls, f"{registry.host}/library/big")
     assert registry.blob_requests() == []

@@ -104,6 +104,7 @@ class LibraryRoutes:
             while await request.content.readany():  # a client that is answered while it sends takes that for a failure
                 pass
             return web.Response(status=200)
+        await asyncio.to_thread(library.check_space, request.content_length or 0, digest[:19])
         with await asyncio.to_thread(library.upload, digest) as upload:
             waiting = bytearray()
             while block := await request.content.readany():
