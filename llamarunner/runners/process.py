@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
-import resource
 import secrets
 import signal
 import subprocess
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 
 from llamarunner.runners.guardian import Guardian
+from llamarunner.runners.launch import find_setpriv, launch
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +27,6 @@ _KILL_S = 10.0  # SIGKILL cannot be refused, but a driver can keep a process fro
 _CLEAN_LOOKS = 2  # in a row: one look at all processes can miss a fork that happens meanwhile
 TAG = "LLAMARUNNER_ENGINE"  # in the environment of the process, and so of whatever it starts
 _HAS_PROC = os.path.exists("/proc/self/environ")
-_PR_SET_PDEATHSIG = 1
-# looked up here: between fork and exec nothing may be imported or allocated that another thread could hold a lock of
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 class EngineProcess:
@@ -82,10 +76,11 @@ class EngineProcess:
         if threading.current_thread() is not threading.main_thread():
             # the parent-death signal comes when the thread that spawned the child ends
             raise RuntimeError("an engine must be spawned from the main thread")
+        await asyncio.to_thread(find_setpriv)  # which runs something, the first time
         tag = secrets.token_hex(16)
         read_end, write_end = os.pipe()
         try:
-            popen = _popen(argv, {**env, TAG: tag}, write_end)
+            popen = launch(argv, {**env, TAG: tag}, write_end)
         except BaseException:
             os.close(read_end)
             raise
@@ -243,32 +238,6 @@ def environment_has(pid: int, tag: str) -> bool:
         return psutil.Process(pid).environ().get(TAG) == tag
     except (psutil.Error, OSError):
         return False
-
-
-def _popen(argv: Sequence[str], env: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:
-    with warnings.catch_warnings():
-        # newer Pythons warn of any preexec_fn in a program with threads; ours does nothing that could wait for one
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return subprocess.Popen(
-            argv,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=_dies_with(os.getpid()),
-        )
-
-
-def _dies_with(parent: int) -> Callable[[], None]:
-    def prepare() -> None:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
-        if _prctl is not None:
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:  # it ended before the signal was set
-                os._exit(127)
-
-    return prepare
 
 
 def _living(processes: set[psutil.Process]) -> set[psutil.Process]:

@@ -155,7 +155,7 @@ def _of_model(model: ModelView, snapshot: Snapshot) -> list[Fact]:
         ("unloads in", idle),
         ("speed", f"{words.rate(model.tokens_per_s)} tokens/s" if model.tokens_per_s else ""),
         ("memory", ", ".join(filter(None, memory))),
-        ("estimated", _estimate(model)),
+        ("estimated", _estimate(model, snapshot)),
         ("context", f"{model.context} tokens a request" if model.context else ""),
         ("load took", words.duration(model.load_s) if model.load_s is not None else ""),
         ("pinned", "yes: never unloaded to make room" if model.pinned else ""),
@@ -180,10 +180,13 @@ def _of_model(model: ModelView, snapshot: Snapshot) -> list[Fact]:
     return facts
 
 
-def _estimate(model: ModelView) -> str:
+def _estimate(model: ModelView, snapshot: Snapshot) -> str:
+    """With its error, where all of what it foretells was measured."""
     if not model.estimated_bytes:
         return ""
-    measured = (model.gpu_bytes or 0) + (model.memory_bytes or 0)
+    is_whole = model.gpu_bytes is not None or not snapshot.gpus  # some drivers do not say whose memory it is
+    is_loaded = model.state in (RunnerState.READY, RunnerState.DRAINING)
+    measured = (model.gpu_bytes or 0) + (model.memory_bytes or 0) if is_whole and is_loaded else 0
     error = f", {model.estimated_bytes / measured - 1:+.0%} of what was measured" if measured else ""
     return f"{words.size(model.estimated_bytes)}{error}"
 
