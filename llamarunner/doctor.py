@@ -236,7 +236,7 @@ def _taken_port(name: str, host: str, port: int) -> Item:
 
 
 def _models(loaded: LoadedConfig, engines: Mapping[str, Engine]) -> Iterator[Item]:
-    catalog = discover(loaded.config, headers=kept_headers())
+    catalog = discover(loaded.config, headers=kept_headers(writes=False))
     if not len(catalog):
         searched = ", ".join(places(loaded.config)) or "no folder (discovery.folders)"
         remedy = 'put a .gguf file into a folder of discovery.folders, or name one as [models.NAME] path = "..."'

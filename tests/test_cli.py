@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from gguf_file import model_bytes, write_model
+from ollama_folder import add_model
 from typer.testing import CliRunner, Result
 
 from llamarunner import __version__
@@ -250,6 +252,17 @@ class TestModels:
             "",
         )
         assert "completion" in model["capabilities"]
+
+    def test_those_of_other_programs(self, tmp_path: Path) -> None:
+        add_model(tmp_path / ".ollama/models", "qwen3/8b", ("model", model_bytes()))
+        write_model(tmp_path / ".lmstudio/models/p/r/studio.gguf", x=1)
+        _, *rows = (line.split() for line in invoke("models").stdout.splitlines())
+        assert [(row[0], row[-1]) for row in rows] == [("qwen3:8b", "ollama"), ("studio", "p/r")]
+        records = json.loads(invoke("models", "--json").stdout)
+        assert [(record["name"], record["source"]) for record in records] == [
+            ("qwen3:8b", "ollama"), ("studio", "lmstudio")
+        ]  # fmt: skip
+        assert json.loads(invoke("models", "--json", "--profile", "testing").stdout) == []
 
     def test_none(self) -> None:
         result = invoke("models")

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from gguf_file import model_bytes
+from ollama_folder import add_model
 
 from llamarunner import doctor
 from llamarunner.config.load import LoadedConfig, load_config
@@ -182,6 +184,20 @@ def test_as_text_and_as_json() -> None:
         "remedy": "install it",
     }
     assert len(data["items"]) == 102
+
+
+def test_models_of_other_programs(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path / "ollama"))
+    add_model(tmp_path / "ollama", "good/1", ("model", model_bytes()))
+    add_model(tmp_path / "ollama", "odd/1", ("model", model_bytes()), ("template", "@@ {{ .Prompt }}"))
+    add_model(tmp_path / "ollama", "bad/1", ("model", model_bytes("gptoss")))
+    (tmp_path / "config.toml").write_text("proxies.ollama.port = 0\nproxies.lmstudio.port = 0")
+    report = examine(load_config(tmp_path / "config.toml", environ={}))
+    assert find(report, "models", "good:1").detail.startswith("4.3 KiB, 2K, F16, of ollama (")
+    assert "Ollama's language" in find(report, "models", "odd:1").remedy
+    assert "only Ollama's own engine" in find(report, "models", "bad:1").detail
+    assert {find(report, "models", name).status for name in ("odd:1", "bad:1")} == {Status.WARN}
+    assert not home.exists()
 
 
 def test_a_flag_that_an_engine_does_not_have(tmp_path: Path) -> None:

@@ -104,9 +104,10 @@ class _Entry:
 
 
 class HeaderCache:
-    def __init__(self, file: Path | None = None) -> None:
+    def __init__(self, file: Path | None = None, *, writes: bool = True) -> None:
         """Without `file` it forgets all with the process."""
         self._file = file
+        self._writes = writes
         self._entries: dict[str, _Entry] = {}
         self._is_dirty = False
 
@@ -145,7 +146,7 @@ class HeaderCache:
 
     def save(self) -> None:
         """Blocks. The file is replaced whole or not at all; nothing happens where nothing is new."""
-        if self._file is None or not self._is_dirty:
+        if self._file is None or not (self._writes and self._is_dirty):
             return
         kept = {path: entry for path, entry in self._entries.items() if entry.is_used or os.path.exists(path)}
         self._entries = dict(list(kept.items())[-MAX_FILES:])

@@ -34,9 +34,9 @@ def discover(
     return Discovery(config, headers=headers, environ=environ).look()
 
 
-def kept_headers() -> HeaderCache:
+def kept_headers(*, writes: bool = True) -> HeaderCache:
     """Of this user, from run to run."""
-    return HeaderCache(paths.cache_dir() / "headers")
+    return HeaderCache(paths.cache_dir() / "headers", writes=writes)
 
 
 def places(config: Config) -> list[str]:
