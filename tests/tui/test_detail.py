@@ -16,11 +16,11 @@ GIB = 1024**3
 @pytest.mark.parametrize(
     ("change", "gpus", "shown"),
     [
-        ({"gpu_bytes": 8 * GIB, "memory_bytes": 2 * GIB}, True, "11.0 GiB, +10% of what was measured"),
-        ({"gpu_bytes": None, "memory_bytes": 10 * GIB}, False, "11.0 GiB, +10% of what was measured"),
-        ({"gpu_bytes": None, "memory_bytes": 2 * GIB}, True, "11.0 GiB"),  # the driver does not say
-        ({"gpu_bytes": None, "memory_bytes": None}, True, "11.0 GiB"),
-        ({"state": "loading", "gpu_bytes": GIB, "memory_bytes": GIB}, True, "11.0 GiB"),  # it has not all yet
+        ({"gpu_bytes": 8 * GIB, "memory_bytes": 2 * GIB}, True, "11.0G, +10% of what was measured"),
+        ({"gpu_bytes": None, "memory_bytes": 10 * GIB}, False, "11.0G, +10% of what was measured"),
+        ({"gpu_bytes": None, "memory_bytes": 2 * GIB}, True, "11.0G"),  # the driver does not say
+        ({"gpu_bytes": None, "memory_bytes": None}, True, "11.0G"),
+        ({"state": "loading", "gpu_bytes": GIB, "memory_bytes": GIB}, True, "11.0G"),  # it has not all yet
         ({"estimated_bytes": None}, True, None),
     ],
 )
