@@ -246,7 +246,12 @@ class Service:
                 self._merge()
 
     async def _prune(self) -> None:
-        if count := await asyncio.to_thread(self._library.prune):
+        try:
+            count = await asyncio.to_thread(self._library.prune)
+        except LlamaRunnerError as error:
+            logger.warning("what no model needs stays: %s", error)
+            return
+        if count:
             logger.info("%d files that no model needs were removed from %s", count, self._library.root)
 
     async def _watch_remote(self, name: str, engine: EngineConfig) -> None:

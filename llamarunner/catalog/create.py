@@ -15,7 +15,7 @@ import orjson
 from llamarunner.catalog.catalog import Model, ModelDetails, Preset
 from llamarunner.catalog.details import read_details
 from llamarunner.catalog.files import Split
-from llamarunner.catalog.gguf import read_header
+from llamarunner.catalog.gguf import Header, read_header
 from llamarunner.catalog.library import Library
 from llamarunner.catalog.manifests import (
     ADAPTER,
@@ -115,7 +115,7 @@ class _Work:
         self.done.append("parsing GGUF")
         for digest in files.values():
             path = self._uploaded(digest)
-            header = read_header(path)
+            header = _header(path)
             kind = PROJECTOR if header.is_projector else ADAPTER if header.text("general.type") == "adapter" else MODEL
             if kind == MODEL:
                 models.append(path)
@@ -126,7 +126,7 @@ class _Work:
 
     def take_upload(self, media_type: str, digest: str) -> None:
         path = self._uploaded(digest)
-        read_header(path)
+        _header(path)
         self._take(Layer(media_type, normal_digest(digest), path.stat().st_size), is_new=False)
 
     def _uploaded(self, digest: str) -> Path:
@@ -151,6 +151,14 @@ class _Work:
         self.done.append(f"{'creating new' if is_new else 'using existing'} layer {config.digest}")
         self._library.write_manifest(name, manifest_bytes(config, self._layers))
         self.done.append("writing manifest")
+
+
+def _header(path: Path) -> Header:
+    """Raises RequestError: what was uploaded is the client's doing."""
+    try:
+        return read_header(path)
+    except ModelFileError as error:
+        raise RequestError(error.message, hint=error.hint) from error
 
 
 def _digest_of(path: Path) -> str:

@@ -388,7 +388,7 @@ def test_what_cannot_be_created(library: Library, tmp_path: Path, kind: str) -> 
         "no model": (Recipe(files={"m": projector}), "must be a model, and 0 are", RequestError),
         "two": (Recipe(files={"m": model, "o": other}), "must be a model, and 2 are", RequestError),
         "split": (Recipe(files={"m-00001-of-00002.gguf": model}), "a split model", UnsupportedError),
-        "text": (Recipe(files={"m": text}), "not a GGUF", LlamaRunnerError),
+        "text": (Recipe(files={"m": text}), "not a GGUF", RequestError),
         "gone": (Recipe(gone), "no file of this machine", UnsupportedError),
         "remote": (Recipe(Model("r", Path("r"), ModelSettings(), is_remote=True)), "no file", UnsupportedError),
     }[kind]

@@ -170,6 +170,17 @@ async def test_what_ollama_has_already_is_not_fetched_again(registry: FakeRegist
     await pulls.close()
 
 
+async def test_the_proxy_of_the_environment_is_asked(
+    registry: FakeRegistry, pulls: Pulls, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.redirects = False
+    monkeypatch.setenv("http_proxy", f"http://{registry.host}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    await lines_of(pulls, "models.invalid/library/big")
+    assert {each.headers["host"] for each in registry.asked} == {"models.invalid"}
+    assert library.find(ModelName.parse("models.invalid/library/big")) is not None
+
+
 # --- sharing, leaving, coming back -----------------------------------------------------------------------------------
 
 

@@ -20,6 +20,11 @@ from serving import Serving, scripted_config, serve, soon
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SMOL = "smol"
+TEXT = b"no model at all"
+
+
+def digest_of(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
@@ -51,10 +56,6 @@ async def http(serving: Serving) -> AsyncIterator[aiohttp.ClientSession]:
 async def registry() -> AsyncIterator[FakeRegistry]:
     async with serve_registry() as registry:
         yield registry
-
-
-def digest_of(data: bytes) -> str:
-    return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 async def names(client: ollama.AsyncClient) -> set[str]:
@@ -130,6 +131,19 @@ async def test_a_client_that_leaves_cancels_and_the_next_goes_on(
     registry.always = ""
     assert (await client.pull(name, insecure=True)).status == "success"
     await client.delete(name)
+
+
+async def test_who_waits_for_a_model_is_told_when_the_program_stops(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.add("endless", model=model_bytes() + bytes(2**20))
+    registry.gate = asyncio.Event()
+    name = f"{registry.host}/library/endless"
+    async with serve(tmp_path, {}) as serving, aiohttp.ClientSession(serving.ollama) as http:
+        async with http.post("/api/pull", json={"model": name, "insecure": True}) as response:
+            assert json.loads(await response.content.readline()) == {"status": "pulling manifest"}
+            await soon(registry.blob_requests)
+            stopping = asyncio.create_task(serving.service.stop(0))
+            assert (await lines(response))[-1]["error"].startswith(f"the download of {name}:latest was cancelled")
+        await stopping
 
 
 async def test_a_front_end_pulls_and_cancels(registry: FakeRegistry, serving: Serving) -> None:
@@ -247,6 +261,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(http: aiohttp.ClientSess
         ({"model": "x", "files": {"m.gguf": "sha256:1"}}, 400, "invalid digest format"),
         ({"model": "x", "files": {"m.gguf": f"sha256:{'0' * 64}"}}, 400, "there is no blob sha256:00"),
         ({"model": "x", "files": {"m.gguf": 7}}, 400, "must be the digest"),
+        ({"model": "x", "files": {"m": digest_of(TEXT)}}, 400, "not a GGUF"),
         ({"model": "x", "files": []}, 400, "of type map[string]"),
         ({"model": "x", "from": SMOL, "parameters": "hot"}, 400, "of type map[string]interface {}"),
         ({"model": "x", "from": SMOL, "license": [1]}, 400, "license must be"),
@@ -256,6 +271,8 @@ async def test_an_upload_that_breaks_off_leaves_nothing(http: aiohttp.ClientSess
     ],
 )
 async def test_what_cannot_be_created(http: aiohttp.ClientSession, body: Any, status: int, words: str) -> None:
+    async with http.post(f"/api/blobs/{digest_of(TEXT)}", data=TEXT) as response:
+        assert response.status in (200, 201)
     async with http.post("/api/create", json=body) as response:
         assert response.status == status
         assert words in (await response.json())["error"]
