@@ -18,6 +18,7 @@ import psutil
 
 from llamarunner import __version__, paths, ports
 from llamarunner.catalog.catalog import Model
+from llamarunner.catalog.ollama_store import closed_folders
 from llamarunner.catalog.stores import discover, kept_headers, places
 from llamarunner.config.load import LoadedConfig
 from llamarunner.engines.engine import Engine
@@ -241,6 +242,9 @@ def _models(loaded: LoadedConfig, engines: Mapping[str, Engine]) -> Iterator[Ite
         searched = ", ".join(places(loaded.config)) or "no folder (discovery.folders)"
         remedy = 'put a .gguf file into a folder of discovery.folders, or name one as [models.NAME] path = "..."'
         yield Item("models", "none", Status.WARN, f"nothing was found in {searched}", remedy)
+    for folder in closed_folders(os.environ) if loaded.config.discovery.ollama else ():
+        remedy = "join the group that owns it (sudo usermod -aG ollama $USER), and log in again"
+        yield Item("models", "ollama", Status.WARN, f"{folder} may not be read", remedy)
     for model in catalog:
         if model.problem:
             where = "" if str(model.path) in model.problem else f" ({model.path})"

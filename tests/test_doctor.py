@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from gguf_file import model_bytes
 from ollama_folder import add_model
 
 from llamarunner import doctor
+from llamarunner.catalog import ollama_store
 from llamarunner.config.load import LoadedConfig, load_config
 from llamarunner.doctor import Item, Report, Status, examine, look_for_gpus, render, to_json
 
@@ -198,6 +200,22 @@ def test_models_of_other_programs(tmp_path: Path, home: Path, monkeypatch: pytes
     assert "only Ollama's own engine" in find(report, "models", "bad:1").detail
     assert {find(report, "models", name).status for name in ("odd:1", "bad:1")} == {Status.WARN}
     assert not home.exists()
+
+
+def test_a_folder_of_ollamas_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if "usr-share-ollama" in path:
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(ollama_store, "SYSTEM_STORE", str(tmp_path / "usr-share-ollama"))
+    monkeypatch.setattr(ollama_store.os, "scandir", scandir)
+    (tmp_path / "config.toml").write_text("proxies.ollama.port = 0\nproxies.lmstudio.port = 0")
+    told = find(examine(load_config(tmp_path / "config.toml", environ={})), "models", "ollama")
+    assert (told.status, told.detail) == (Status.WARN, f"{tmp_path / 'usr-share-ollama'} may not be read")
+    assert "usermod" in told.remedy
 
 
 def test_a_flag_that_an_engine_does_not_have(tmp_path: Path) -> None:

@@ -33,6 +33,19 @@ def ollama_folders(environ: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys([*folders, os.path.join(home, ".ollama", "models"), SYSTEM_STORE]))
 
 
+def closed_folders(environ: Mapping[str, str]) -> list[str]:
+    """Those of Ollama's folders that are there and may not be read."""
+    closed = []
+    for folder in ollama_folders(environ):
+        try:
+            os.scandir(os.path.join(folder, "manifests")).close()
+        except PermissionError:
+            closed.append(folder)
+        except OSError:
+            continue  # it is not there
+    return closed
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
     """A manifest with its small blobs, as long as all its files are as they were."""
@@ -169,4 +182,5 @@ def _manifests(disk: Disk, folder: str, depth: int) -> Iterator[str]:
 def _capabilities(config: Mapping[str, Any]) -> frozenset[Capability]:
     listed = config.get("capabilities")
     known = {capability.value for capability in Capability}
-    return frozenset(Capability(each) for each in listed if each in known) if isinstance(listed, list) else frozenset()
+    words = [each for each in listed if isinstance(each, str)] if isinstance(listed, list) else []
+    return frozenset(Capability(word) for word in words if word in known)

@@ -85,6 +85,27 @@ def test_an_entry_of_its_hub_is_a_name_for_what_it_stands_for(home: Path, studio
     assert catalog.find("me/thing").name == "Thing-Q4_0"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"dependencies": 7}',
+        '{"dependencies": [null, {"modelKeys": 7, "sources": "x"}, {"modelKeys": [[], "a/b/c"], "sources": [7, {}]}]}',
+        '{"dependencies": [{"sources": [{"user": [], "repo": {"a": 1}}]}]}',
+        "[" * 5000,
+        "\x00",
+    ],
+)
+def test_an_entry_that_makes_no_sense(home: Path, studio: Path, text: str) -> None:
+    write_model(studio / f"models/{PUBLISHED}/Qwen3-8B-Q4_K_M.gguf")
+    hub = studio / "hub/models/a/b"
+    hub.mkdir(parents=True)
+    (hub / "manifest.json").write_text(text)
+    (hub / "model.yaml").write_text(text)
+    (studio / "settings.json").write_text(text)
+    assert [model.name for model in found(home)] == ["Qwen3-8B-Q4_K_M"]
+
+
 def test_where_it_keeps_its_files(tmp_path: Path) -> None:
     environ = {"HOME": str(tmp_path)}
     assert lmstudio_home(environ) == str(tmp_path / ".lmstudio")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf_file import gguf_bytes, model_bytes, projector_bytes, write_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ollama_folder import add_model, blob
 
 from llamarunner.catalog import ollama_store
@@ -216,6 +220,29 @@ def test_a_projector_that_is_of_no_use_leaves_the_words(store: Path) -> None:
     assert (model.problem, model.mmproj) == ("", None)
     assert "sees and hears nothing" in model.hint
     assert "vision" not in model.capabilities
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 5), st.text(max_size=5), st.sampled_from(["gguf", "tools"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=6,
+)
+CONFIG = st.dictionaries(st.sampled_from(["capabilities", "model_format", "remote_host", "x"]), JSON, max_size=4)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=CONFIG, params=JSON, messages=JSON, text=st.binary(max_size=40))
+def test_whatever_the_small_blobs_hold_the_other_models_are_listed(
+    store: Path, config: dict[str, Any], params: Any, messages: Any, text: bytes
+) -> None:
+    layers = [("params", json.dumps(params)), ("messages", json.dumps(messages)), ("template", text), ("system", text)]
+    add_model(store, "odd/1", ("model", MODEL), *layers, **config)
+    add_model(store, "good/1", ("model", model_bytes(x=1)))
+    catalog = found(store)
+    assert catalog.find("good:1").problem == ""
+    if odd := catalog.get("odd:1"):
+        assert isinstance(odd.preset.parameters, dict)
+        assert odd.problem == "" or odd.hint
 
 
 def test_nothing_is_written_there(store: Path) -> None:
