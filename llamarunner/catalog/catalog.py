@@ -134,8 +134,9 @@ class Model:
 
 
 def name_key(name: str) -> str:
-    """Names are compared without case and without Ollama's default tag."""
-    return name.strip().removesuffix(":latest").casefold()
+    """Names are compared without case, and without what Ollama leaves out of its own: the tag, registry and namespace
+    that stand for themselves."""
+    return name.strip().casefold().removesuffix(":latest").removeprefix("registry.ollama.ai/").removeprefix("library/")
 
 
 class Catalog:
