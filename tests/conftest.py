@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from serving import Serving
 
 sys.path.insert(0, str(Path(__file__).parent / "fakes"))
+for variable in [name for name in os.environ if name.startswith("OLLAMA_")]:
+    del os.environ[variable]  # what whoever runs the tests has set for Ollama would count here as well
 
 _HOME = tempfile.TemporaryDirectory(prefix="llamarunner-tests-home-")
 os.environ["HOME"] = _HOME.name  # here, as the defaults of the configuration are made when they are imported

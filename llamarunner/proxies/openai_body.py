@@ -48,12 +48,15 @@ def check_tools(tools: object) -> None:
         place = f"tools[{index}]"
         if expect(tool, dict, place).get("type") != "function":
             raise RequestError(f'{place}.type must be "function"')
-        function = expect(tool.get("function"), dict, f"{place}.function")
-        expect(function.get("name"), str, f"{place}.function.name")
-        if function.get("description") is not None:
-            expect(function["description"], str, f"{place}.function.description")
-        if function.get("parameters") is not None:
-            expect(function["parameters"], dict, f"{place}.function.parameters")
+        check_function(expect(tool.get("function"), dict, f"{place}.function"), f"{place}.function")
+
+
+def check_function(function: dict[str, Any], place: str) -> None:
+    expect(function.get("name"), str, f"{place}.name")
+    if function.get("description") is not None:
+        expect(function["description"], str, f"{place}.description")
+    if function.get("parameters") is not None:
+        expect(function["parameters"], dict, f"{place}.parameters")
 
 
 def _check_part(part: object, place: str, model: Model) -> None:

@@ -13,7 +13,7 @@ import orjson
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.errors import RequestError
-from llamarunner.proxies.openai_body import check_media, expect
+from llamarunner.proxies.openai_body import check_function, check_media, expect
 from llamarunner.proxies.v1_errors import responses_error
 
 _TYPE = re.compile(rb'"type":"(response\.[a-z_.]+)"')
@@ -45,22 +45,19 @@ def check_responses_body(body: dict[str, Any], model: Model) -> bool:
     """Raise RequestError for what the engine must not see; True where `body` was changed."""
     if body.get("previous_response_id") is not None:
         raise RequestError("previous_response_id is not supported: no answers are kept", hint="send the whole `input`")
-    has_format = _set_format(body)
+    is_changed = _set_format(body) | _set_tools(body)
     if isinstance(body.get("input"), str):
-        return has_format
+        return is_changed
     items = expect(body.get("input"), list, "input", "a string or an array")
     for index, item in enumerate(items):
         place = f"input[{index}]"
-        content = expect(item, dict, place).get("content")
-        if isinstance(content, list):
-            for number, part in enumerate(content):
-                _check_part(part, f"{place}.content[{number}]", model)
-        elif content is not None:
-            expect(content, str, f"{place}.content", "a string or an array")
+        expect(item, dict, place)
+        for name in ("content", "output"):  # of a message; of a tool
+            _check_content(item.get(name), f"{place}.{name}", model)
     # thoughts of a server that keeps them to itself: there is nothing in them to read
     readable = [item for item in items if item.get("type") != "reasoning" or isinstance(item.get("content"), list)]
     body["input"] = readable
-    return has_format or len(readable) < len(items)
+    return is_changed or len(readable) < len(items)
 
 
 def _set_format(body: dict[str, Any]) -> bool:
@@ -73,6 +70,29 @@ def _set_format(body: dict[str, Any]) -> bool:
     is_schema = wanted.get("type") == "json_schema"
     body["response_format"] = {"type": "json_schema", "json_schema": schema} if is_schema else wanted
     return True
+
+
+def _set_tools(body: dict[str, Any]) -> bool:
+    """Only functions: what OpenAI's servers run themselves (a search, a shell) the engine would leave out, and log by
+    its name. True where there was anything else."""
+    tools = expect(body.get("tools") or [], list, "tools")
+    for index, tool in enumerate(tools):
+        place = f"tools[{index}]"
+        if expect(expect(tool, dict, place).get("type"), str, f"{place}.type") == "function":
+            check_function(tool, place)
+    functions = [tool for tool in tools if tool["type"] == "function"]
+    if len(functions) == len(tools):
+        return False
+    body["tools"] = functions
+    return True
+
+
+def _check_content(content: object, place: str, model: Model) -> None:
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            _check_part(part, f"{place}[{number}]", model)
+    elif content is not None:
+        expect(content, str, place, "a string or an array")
 
 
 def _check_part(part: object, place: str, model: Model) -> None:

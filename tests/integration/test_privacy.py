@@ -48,20 +48,30 @@ async def ask_everything(serving: Serving, model: str) -> int:
         for base in ("ollama", "lmstudio"):
             asked.append((base, "/v1/chat/completions", {"messages": TURN, "max_tokens": 2, "stream": stream}))
             asked.append((base, "/v1/completions", {"prompt": CANARY, "max_tokens": 2, "stream": stream}))
+            asked.append((base, "/v1/responses", {"input": CANARY, "max_output_tokens": 2, "stream": stream}))
+            asked.append((base, "/v1/messages", {"messages": TURN, "max_tokens": 2, "stream": stream}))
+            asked.append((base, "/v1/messages/count_tokens", {"messages": TURN, "system": CANARY}))
         asked.append(("lmstudio", "/api/v0/chat/completions", {"messages": TURN, "max_tokens": 2, "stream": stream}))
     for messages in WRONG_MESSAGES:
         asked.append(("ollama", "/api/chat", {"messages": messages, "options": few}))
         asked.append(("ollama", "/v1/chat/completions", {"messages": messages, "max_tokens": 2}))
         asked.append(("lmstudio", "/api/v0/chat/completions", {"messages": messages, "max_tokens": 2}))
+        asked.append(("lmstudio", "/v1/messages", {"messages": messages, "max_tokens": 2}))
+        asked.append(("ollama", "/v1/responses", {"input": messages, "max_output_tokens": 2}))
     for tools in WRONG_TOOLS:
         asked.append(("ollama", "/api/chat", {"messages": TURN, "tools": tools, "options": few}))
         asked.append(("lmstudio", "/v1/chat/completions", {"messages": TURN, "tools": tools, "max_tokens": 2}))
+        asked.append(("ollama", "/v1/messages", {"messages": TURN, "tools": tools, "max_tokens": 2}))
+        asked.append(("ollama", "/v1/responses", {"input": CANARY, "tools": tools, "max_output_tokens": 2}))
     asked += [("ollama", "/v1/completions", {"prompt": text, "max_tokens": 2}) for text in TEXTS]
     asked += [("lmstudio", "/v1/embeddings", {"input": text}) for text in TEXTS]
     asked += [
         ("ollama", "/api/chat", {"messages": [{"role": "user", "content": f"{CANARY} " * 200}]}),
         ("ollama", "/api/chat", {"messages": TURN, "format": CANARY}),
         ("ollama", "/api/chat", {"messages": TURN, "think": CANARY}),
+        ("ollama", "/v1/chat/completions", {"messages": TURN, "reasoning_effort": CANARY}),
+        ("ollama", "/v1/responses", {"input": CANARY, "previous_response_id": CANARY}),
+        ("ollama", "/v1/responses", {"input": [{"type": CANARY, "content": [{"type": CANARY}]}]}),
         ("ollama", "/api/chat", {"messages": TURN, "keep_alive": CANARY}),
         ("ollama", "/api/chat", {"messages": TURN, "options": {"stop": CANARY, CANARY: 1}}),
         ("ollama", "/api/chat", {"messages": TURN, "model": {CANARY: 1}}),

@@ -13,6 +13,7 @@ import aiohttp
 import psutil
 import pytest
 import pytest_asyncio
+from gguf_file import projector_bytes
 from serving import Serving, scripted_config, serve, soon
 
 from llamarunner.catalog.catalog import Capability
@@ -40,11 +41,12 @@ FIM = {f"tokenizer.ggml.{kind}_token_id": number for number, kind in enumerate((
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def fake(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serving]:
     folder = tmp_path_factory.mktemp("v1")
+    (folder / "mmproj.gguf").write_bytes(projector_bytes())
     models = {
         "smol": {"embeddings": True, "keep_alive": -1, "metadata": FIM},
         "roomy": {"context": 2048, "keep_alive": -1, "metadata": {"llama.context_length": 32768}},
         "plain": {"keep_alive": -1, "metadata": {"tokenizer.chat_template": "{{ messages }}"}},
-        "sight": {"keep_alive": -1, "metadata": {"clip.has_vision_encoder": True}},
+        "sight": {"keep_alive": -1, "mmproj": str(folder / "mmproj.gguf")},
     }
     config, scripts = scripted_config(folder, models)
     config["server"] = {"max_body": LIMIT}
@@ -139,6 +141,14 @@ async def test_items_of_a_response_keep_their_places(fake: Serving) -> None:
     assert [data["sequence_number"] for data in found] == [0, 1, 2, 3, 4, 99]
     assert found[1]["delta"] == '"output_index": '
     assert "content_index" not in found[3]
+
+
+async def test_only_functions_are_tools(fake: Serving, port: str) -> None:
+    tools = [{"type": "web_search"}, {"type": "function", "name": "f", "parameters": {}}, {"type": "local_shell"}]
+    assert (await ask(fake, port, "/v1/responses", tools=tools))[0] == 200
+    assert fake.scripts["smol"].asked("/v1/responses")["tools"] == [tools[1]]
+    for wrong in ([{"type": "function"}], [5], "f", [{"name": "f"}]):
+        assert (await ask(fake, port, "/v1/responses", tools=wrong))[0] == 400
 
 
 async def test_thoughts_that_cannot_be_read_are_left_out(fake: Serving, port: str) -> None:
@@ -305,6 +315,8 @@ async def test_what_is_wrong_with_a_message(fake: Serving, port: str, body: dict
     [
         ("/v1/chat/completions", {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}),
         ("/v1/responses", {"type": "input_image", "image_url": "file:///etc/passwd"}),
+        ("/v1/responses", {"type": "function_call_output", "call_id": "a", "output": [
+            {"type": "input_image", "image_url": "http://127.0.0.1:1/x.png"}]}),
         ("/v1/messages", {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:1/x.png"}}),
         ("/v1/messages", {"type": "tool_result", "tool_use_id": "a", "content": [
             {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1:1/x.png"}}]}),
@@ -312,10 +324,11 @@ async def test_what_is_wrong_with_a_message(fake: Serving, port: str, body: dict
 )  # fmt: skip
 async def test_no_engine_is_sent_for_a_picture(fake: Serving, port: str, path: str, part: dict[str, Any]) -> None:
     key = "input" if path == "/v1/responses" else "messages"
-    status, answer = await ask(fake, port, path, model="sight", **{key: [{"role": "user", "content": [part]}]})
+    item = part if part["type"] == "function_call_output" else {"role": "user", "content": [part]}
+    status, answer = await ask(fake, port, path, model="sight", **{key: [item]})
     text = answer["error"] if isinstance(answer["error"], str) else answer["error"]["message"]
     wanted = "image URLs are not currently supported, please use base64 encoded data instead"
-    assert (status, text) in ((400, wanted), (400, "sight does not support vision"))
+    assert (status, text) == (400, wanted)
     assert not fake.scripts["sight"].requests()
 
 
