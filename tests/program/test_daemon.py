@@ -55,6 +55,24 @@ main()
     assert not packages & {"textual", "rich", "tui", "pygments", "xllamacpp"}
 
 
+def test_what_was_set_up_for_ollama_goes_on(home: Home, fake_model: str) -> None:
+    home.configure(fake_model)
+    text = home.config.read_text().replace(f"[proxies.ollama]\nport = {home.ollama}\n", "")
+    home.config.write_text(text)
+    home.env |= {"OLLAMA_HOST": f"http://localhost:{home.ollama}/", "OLLAMA_KEEP_ALIVE": "-1", "OLLAMA_DEBUG": "0",
+                 "OLLAMA_CONTEXT_LENGTH": "512"}  # fmt: skip
+    with home.daemon():
+        assert home.chat("fake").status_code == 200
+        (running,) = httpx.get(f"http://localhost:{home.ollama}/api/ps").json()["models"]
+        assert running["context_length"] == 512
+        assert running["expires_at"] > "2100"
+    assert "OLLAMA_CONTEXT_LENGTH, OLLAMA_HOST, OLLAMA_KEEP_ALIVE" in home.stderr()
+    home.env["OLLAMA_HOST"] = "0.0.0.0"
+    refused = home.run("--no-tui")
+    assert refused.returncode == 3
+    assert "OLLAMA_HOST: proxies.ollama.host: anyone who reaches 0.0.0.0" in refused.stderr
+
+
 def test_a_real_model_answers_on_both_ports(home: Home) -> None:
     home.configure(f"[models.smollm2]\npath = {str(smollm2())!r}\n[engines.default]\nkind = 'builtin'\n")
     with home.daemon():
