@@ -222,6 +222,13 @@ class ControlCenter(App[None]):
             yield SystemCommand(f"Load {name}", "Start its engine now (L)", self.action_load)
             yield SystemCommand(f"Unload {name}", "Ask, then stop its engine (U)", self.action_unload)
             yield SystemCommand(f"Details of {name}", "All that is known of it (Enter)", lambda: self.open_model(name))
+        for pull in self.snapshot.pulls:
+            if pull.ended_at is None:
+                yield SystemCommand(
+                    f"Cancel the download of {pull.name}",
+                    "What there is of it stays for the next time",
+                    lambda name=pull.name: self.run_worker(self._cancel_pull(name)),
+                )
         for index, pane in enumerate(main.panes.values(), 1):
             what = pane.TITLE.lower()
             yield SystemCommand(f"Go to {what}", f"The {what} pane ({index})", lambda pane=pane: main.activate(pane.id))
@@ -300,6 +307,11 @@ class ControlCenter(App[None]):
             self.tell(f"{name} is already being {self._commands[name]}.", severity="warning")
         else:
             self.run_worker(command(model), group="commands", name=name)
+
+    async def _cancel_pull(self, name: str) -> None:
+        outcome = await self.backend.cancel_pull(name)
+        self.pull()
+        self.tell(f"{outcome.message}.", severity="information" if outcome.ok else "error")
 
     async def _load(self, model: ModelView) -> None:
         name = model.name

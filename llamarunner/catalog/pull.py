@@ -61,7 +61,7 @@ class Pull:
         self.state = PullState.WAITING
         self.error: LlamaRunnerError | None = None
         self.total = 0  # bytes of all blobs, 0 while unknown
-        self.ended: float | None = None  # monotonic
+        self.ended_at: float | None = None  # unix time
         self.watchers = 0
         self.is_kept = False  # goes on without watchers
         self.rate = Rate()
@@ -98,7 +98,7 @@ class Pull:
         """Everything from the beginning, a blob's line as far as it is each time. Raises what the pull failed with."""
         number, shown = 0, None
         while True:
-            changed, is_over = self._changed, self.ended is not None
+            changed, is_over = self._changed, self.ended_at is not None
             while number < len(self._lines):
                 if (line := self._lines[number]) != shown:
                     shown = line
@@ -200,7 +200,7 @@ class Pulls:
             pull.error, pull.state = PullCancelledError(pull.name.short), PullState.CANCELLED
         del self._running[pull.name.key]
         self._recent.append(pull)
-        pull.ended = time.monotonic()
+        pull.ended_at = time.time()
         self._note()
         pull.wake()
 

@@ -348,6 +348,7 @@ def pull_view(pull: Pull) -> PullView:
         total=pull.total,
         bytes_per_s=rate,
         left_s=left / rate if rate and pull.total else None,
+        ended_at=pull.ended_at,
         problem=pull.error.message if pull.error is not None else "",
         hint=pull.error.hint if pull.error is not None else "",
     )

@@ -147,6 +147,7 @@ class PullView:
     total: int = 0  # 0 while unknown
     bytes_per_s: float | None = None
     left_s: float | None = None  # at that rate
+    ended_at: float | None = None  # None while it runs or waits
     problem: str = ""  # why it failed
     hint: str = ""
 

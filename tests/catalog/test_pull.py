@@ -495,7 +495,7 @@ async def test_who_is_slow_misses_steps_but_no_line() -> None:
     for completed in range(0, 11, 5):
         pull.say(Progress("pulling a", "a", 10, completed))
     pull.say(Progress("verifying sha256 digest"))
-    pull.ended = 1.0
+    pull.ended_at = 1.0
     pull.wake()
     assert [line async for line in lines] == [Progress("pulling a", "a", 10, 10), Progress("verifying sha256 digest")]
 

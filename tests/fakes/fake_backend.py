@@ -248,7 +248,8 @@ class FakeBackend:
         if self.answer is not None:
             return self.answer
         pulls = tuple(
-            replace(pull, state=PullState.CANCELLED) if pull.name == model else pull for pull in self.current.pulls
+            replace(pull, state=PullState.CANCELLED, ended_at=NOW) if pull.name == model else pull
+            for pull in self.current.pulls
         )
         self.current = replace(self.current, pulls=pulls)
         return Outcome(True, f"the download of {model} was cancelled")

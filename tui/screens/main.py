@@ -16,6 +16,7 @@ from llamarunner.control.backend import Backend
 from llamarunner.control.snapshot import Snapshot
 from tui import layout
 from tui.lines import Line, LineView
+from tui.panes.downloads import Downloads
 from tui.panes.footer import Footer, Hint
 from tui.panes.hardware import HardwarePane
 from tui.panes.header import Header, Troubles
@@ -78,6 +79,7 @@ class MainScreen(Screen[None]):
         super().__init__()
         self.header = Header(ascii_only=ascii_only)
         self.troubles = Troubles(ascii_only=ascii_only)
+        self.downloads = Downloads(ascii_only=ascii_only)
         self.hardware = HardwarePane(ascii_only=ascii_only)
         self.models = ModelsPane(ascii_only=ascii_only)
         self.requests = RequestsPane(ascii_only=ascii_only)
@@ -99,7 +101,8 @@ class MainScreen(Screen[None]):
 
     def compose(self) -> ComposeResult:
         self.filter.display = False
-        yield from (self.header, self.troubles, self.top, self.bottom, self.footer, self.filter, self.too_small)
+        above = (self.header, self.troubles, self.downloads)
+        yield from (*above, self.top, self.bottom, self.footer, self.filter, self.too_small)
 
     @property
     def center(self) -> ControlCenter:
@@ -117,6 +120,7 @@ class MainScreen(Screen[None]):
     def show(self, snapshot: Snapshot) -> None:
         self.header.show(snapshot)
         self.troubles.show(snapshot, self.app.size.width, allowed=not self.too_small.display)
+        self.downloads.show(snapshot, self.app.size.width, allowed=not self.too_small.display)
         for pane in self.panes.values():
             pane.show(snapshot)
         rows = (self.hardware.compact_rows(), self.models.wanted_height())
@@ -138,6 +142,7 @@ class MainScreen(Screen[None]):
         self.header.display = not tiny
         self.footer.display = not tiny and not self.filter.display
         self.troubles.show(self.center.snapshot, width, allowed=not tiny)
+        self.downloads.show(self.center.snapshot, width, allowed=not tiny)
         self._hardware_rows, self._models_rows = self.hardware.compact_rows(), self.models.wanted_height()
         compact = mode is layout.Mode.COMPACT and not self.zoomed
         self.requests.tab = self.logs.title_text if compact else ""
