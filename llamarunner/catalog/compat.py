@@ -6,6 +6,7 @@ Pure.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from llamarunner.catalog.gguf import Header, Tensor
 
@@ -44,6 +45,7 @@ def needs_patched_engine(header: Header, tensors: Iterable[Tensor]) -> str:
     return ""
 
 
+@lru_cache(maxsize=4096)
 def _kind(name: str) -> str:
     """ "attn_q.weight" of "blk.7.attn_q.weight"; of a tensor outside the blocks its first word."""
     first, _, rest = name.partition(".")

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -383,7 +384,7 @@ def _read_tensors(
         if offset % alignment:
             raise _Damaged("damaged: a tensor that is not aligned")
         # forks of llama.cpp have types of their own: of these only the beginning can be checked
-        type_name, block, block_bytes = _TENSOR_TYPES.get(code, (f"type {code}", 1, 0))
+        type_name, block, block_bytes = _TENSOR_TYPES.get(code) or (f"type {code}", 1, 0)
         if shape and shape[0] % block:
             raise _Damaged(f"damaged: a {type_name} tensor whose rows are not whole blocks")
         size = elements // block * block_bytes
@@ -401,6 +402,7 @@ def _read_tensors(
 _EXPERTS = re.compile(r"ffn_\w+_exps\b")
 
 
+@lru_cache(maxsize=4096)  # models share most of their tensors' names
 def _group(name: str) -> str:
     """What a tensor is placed with: "blk.7", "blk.7 experts", "token_embd", "output" (with its norm), or "" for others.
     Numbers past any real layer's are no group of their own, so that a hostile file makes few."""
