@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from llamarunner.catalog.tensor_types import TENSOR_TYPES
 from llamarunner.errors import ModelFileError
 from llamarunner.units import format_size
 
@@ -42,44 +43,6 @@ _SCALAR_LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?
 _SCALARS = {code: struct.Struct("=" + letter) for code, letter in _SCALAR_LETTERS.items()}
 _TENSOR_TAILS = [struct.Struct(f"={dimensions}QIQ") for dimensions in range(_MAX_DIMENSIONS + 1)]
 _U32, _U64, _ARRAY_HEAD = struct.Struct("=I"), struct.Struct("=Q"), struct.Struct("=IQ")
-
-# ggml's tensor types: code -> (name, elements in a block, bytes of a block)
-_TENSOR_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 40),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    40: ("NVFP4", 64, 36),
-    41: ("Q1_0", 128, 18),
-}
 
 _MISTAKEN = (
     (b"<!DOCTYPE", "it is a web page", "the download link led to a page, not to the file"),
@@ -384,7 +347,7 @@ def _read_tensors(
         if offset % alignment:
             raise _Damaged("damaged: a tensor that is not aligned")
         # forks of llama.cpp have types of their own: of these only the beginning can be checked
-        type_name, block, block_bytes = _TENSOR_TYPES.get(code) or (f"type {code}", 1, 0)
+        type_name, block, block_bytes = TENSOR_TYPES.get(code) or (f"type {code}", 1, 0)
         if shape and shape[0] % block:
             raise _Damaged(f"damaged: a {type_name} tensor whose rows are not whole blocks")
         size = elements // block * block_bytes
