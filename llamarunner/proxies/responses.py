@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -21,8 +22,12 @@ _ITEM_ID = re.compile(rb'"item_id":"([^"\\]+)"')
 _WHOLE = (b"response.created", b"response.in_progress", b"response.completed")
 _ITEMS = (b"response.output_item.added", b"response.output_item.done")
 _PARTS = (b"response.content_part.", b"response.output_text.", b"response.reasoning_text.", b"response.refusal.")
-_SUMMARY_PARTS = b"response.reasoning_summary_"
-_WITH_LOGPROBS = b"response.output_text."
+_CONSTANT: tuple[tuple[bytes | tuple[bytes, ...], bytes], ...] = (
+    (_PARTS, b'"content_index":0,'),
+    (b"response.reasoning_summary_", b'"summary_index":0,'),
+    (b"response.output_text.", b'"logprobs":[],'),
+)
+"""Which events want which fields that are always the same."""
 
 _LEFT_OUT: Mapping[str, Any] = {
     "error": None,
@@ -113,6 +118,7 @@ class ResponseEvents:
 
     def __init__(self) -> None:
         self._count = 0
+        self._is_complete = False  # the engine is a newer one
         self._index_of: dict[str, int] = {}
         self._response: dict[str, Any] = {}
 
@@ -136,17 +142,10 @@ class ResponseEvents:
         kind = found[1]
         if kind in _WHOLE:
             return self._amend_response(line)
-        fields = {} if b'"sequence_number":' in line else {"sequence_number": self._next()}
-        if b'"output_index":' not in line:
-            fields["output_index"] = self._index(line, kind)
-        if kind.startswith(_PARTS) and b'"content_index":' not in line:
-            fields["content_index"] = 0
-        if kind.startswith(_SUMMARY_PARTS) and b'"summary_index":' not in line:
-            fields["summary_index"] = 0
-        text = orjson.dumps(fields)[1:-1]
-        if kind.startswith(_WITH_LOGPROBS) and b'"logprobs":' not in line:
-            text += b',"logprobs":[]'
-        return b"data: {" + text + b"," + line[7:] if text else line
+        if self._is_complete:
+            return line
+        numbers = b'data: {"sequence_number":%d,"output_index":%d,' % (self._next(), self._index(line, kind))
+        return numbers + _constant(kind) + line[7:]
 
     def _next(self) -> int:
         self._count += 1
@@ -163,9 +162,11 @@ class ResponseEvents:
 
     def _amend_response(self, line: bytes) -> bytes:
         event = _decoded(line[6:])
+        self._is_complete = "sequence_number" in event
         if isinstance(event.get("response"), dict):
             event["response"] = self._response = _completed({**self._response, **event["response"]})
-            event.setdefault("sequence_number", self._next())
+            if not self._is_complete:
+                event["sequence_number"] = self._next()
         return b"data: " + orjson.dumps(event)
 
     def _amend_error(self, line: bytes) -> bytes:
@@ -177,6 +178,11 @@ class ResponseEvents:
             status if isinstance(status, int) else 500, str(error.get("message", "the engine reported an error"))
         )
         return b"event: error\ndata: " + orjson.dumps({**event, "sequence_number": self._next()})
+
+
+@lru_cache(maxsize=64)
+def _constant(kind: bytes) -> bytes:
+    return b"".join(field for kinds, field in _CONSTANT if kind.startswith(kinds))
 
 
 def _completed(response: dict[str, Any]) -> dict[str, Any]:

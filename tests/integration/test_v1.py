@@ -123,6 +123,21 @@ async def test_events_of_responses_get_what_clients_read(fake: Serving, port: st
     assert ended["usage"]["total_tokens"] == 10
 
 
+async def test_a_newer_engine_says_it_all_itself(fake: Serving) -> None:
+    begun = {"type": "response.created", "sequence_number": 0, "response": {"id": "r", "object": "response"}}
+    delta = {
+        "type": "response.output_text.delta",
+        "sequence_number": 1,
+        "output_index": 3,
+        "item_id": "m",
+        "delta": "x",
+    }
+    fake.scripts["smol"].replay("".join(f"data: {json.dumps(event)}\n\n" for event in (begun, delta)))
+    _, raw = await ask(fake, "ollama", "/v1/responses", stream=True)
+    assert [data["sequence_number"] for _, data in events(raw)] == [0, 1]
+    assert events(raw)[1][1] == delta
+
+
 async def test_items_of_a_response_keep_their_places(fake: Serving) -> None:
     thought, call = {"type": "reasoning", "id": "rs_1"}, {"type": "function_call", "call_id": "fc_1"}
     written = [
@@ -131,14 +146,14 @@ async def test_items_of_a_response_keep_their_places(fake: Serving) -> None:
         {"type": "response.output_item.added", "item": call},
         {"type": "response.function_call_arguments.delta", "item_id": "fc_1", "delta": "{"},
         {"type": "response.output_item.done", "item": thought},
-        {"type": "response.output_item.done", "output_index": 9, "sequence_number": 99, "item": call},
+        {"type": "response.output_item.done", "item": call},
     ]
     compact = [json.dumps(event, separators=(",", ":")) for event in written]
     fake.scripts["smol"].replay("".join(f"data: {text}\n\n" for text in compact), chunk_bytes=7)
     _, raw = await ask(fake, "ollama", "/v1/responses", stream=True)
     found = [data for _, data in events(raw)]
-    assert [data["output_index"] for data in found] == [0, 0, 1, 1, 0, 9], "what the engine says itself is kept"
-    assert [data["sequence_number"] for data in found] == [0, 1, 2, 3, 4, 99]
+    assert [data["output_index"] for data in found] == [0, 0, 1, 1, 0, 1]
+    assert [data["sequence_number"] for data in found] == [0, 1, 2, 3, 4, 5]
     assert found[1]["delta"] == '"output_index": '
     assert "content_index" not in found[3]
 
