@@ -20,6 +20,7 @@ from llamarunner.events import RequestTrace
 from llamarunner.proxies.body import QuotingError, json_kind, parse_object, read_body
 from llamarunner.proxies.detour import Detour, dimensions_detour, infill_detour
 from llamarunner.proxies.dialect import Dialect, json_response
+from llamarunner.proxies.extras import check_detokenize, check_rerank, check_tokenize
 from llamarunner.proxies.messages import amend_messages, check_counted_body, check_messages_body
 from llamarunner.proxies.openai_body import check_messages, check_tools, require_chat
 from llamarunner.proxies.proxy import route
@@ -45,6 +46,9 @@ class OpenAIRoutes(ABC):
             *self._post("/v1/responses", self.check_responses, amend=ResponseEvents),
             *self._post("/v1/messages", self.check_messages, amend=lambda: amend_messages),
             *self._post("/v1/messages/count_tokens", self.check_counted, amend=lambda: amend_messages),
+            *self._post("/v1/rerank", check_rerank),
+            *self._post("/tokenize", check_tokenize),
+            *self._post("/detokenize", check_detokenize),
         ]
 
     @abstractmethod

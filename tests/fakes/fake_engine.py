@@ -202,6 +202,9 @@ class FakeEngine:
         except ValueError as error:
             return self.error(400, f"parse error: {error}", "invalid_request_error")
         match request.path:
+            case "/v1/rerank":
+                scores = [{"index": i, "relevance_score": -i} for i, _ in enumerate(fields["documents"])]
+                return self.json({"object": "list", "results": scores, "usage": {"prompt_tokens": 5}})
             case "/tokenize":
                 return self.json({"tokens": list(fields.get("content", "").encode())})
             case "/detokenize":

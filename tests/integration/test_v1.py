@@ -46,6 +46,7 @@ async def fake(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Servin
         "smol": {"embeddings": True, "keep_alive": -1, "metadata": FIM},
         "roomy": {"context": 2048, "keep_alive": -1, "metadata": {"llama.context_length": 32768}},
         "plain": {"keep_alive": -1, "metadata": {"tokenizer.chat_template": "{{ messages }}"}},
+        "ranker": {"keep_alive": -1, "flags": {"reranking": True}},
         "sight": {"keep_alive": -1, "mmproj": str(folder / "mmproj.gguf")},
     }
     config, scripts = scripted_config(folder, models)
@@ -94,6 +95,13 @@ async def test_figures_are_noted(fake: Serving, port: str, path: str, stream: bo
     assert (trace.prompt_tokens, trace.output_tokens) == (7, 3)
     assert trace.model == "smol"
     assert trace.first_byte
+
+
+async def test_the_list_of_models_has_a_head(fake: Serving, port: str) -> None:
+    async with aiohttp.ClientSession(fake.url(port)) as session:
+        for path in ("/v1/models", "/v1/models/", "/v1/models/smol"):
+            async with session.head(path) as answer:
+                assert (answer.status, await answer.read()) == (200, b"")
 
 
 async def test_events_of_messages_pass_untouched(fake: Serving, port: str) -> None:
@@ -282,6 +290,23 @@ async def test_fewer_dimensions(fake: Serving, port: str) -> None:
     assert list(vector) == pytest.approx(short["data"][0]["embedding"])
     _, more = await ask(fake, port, "/v1/embeddings", input="a", dimensions=99)
     assert len(more["data"][0]["embedding"]) == len(full["data"][0]["embedding"])
+
+
+async def test_tokens_and_their_text(fake: Serving, port: str) -> None:
+    status, answer = await ask(fake, port, "/tokenize", content="Hi")
+    assert (status, answer) == (200, {"tokens": [72, 105]})
+    assert await ask(fake, port, "/detokenize", tokens=[72, 105]) == (200, {"content": "Hi"})
+    for path, wrong in (("/tokenize", {}), ("/detokenize", {"tokens": [-1]}), ("/detokenize", {"tokens": [True]})):
+        assert (await ask(fake, port, path, **wrong))[0] == 400
+
+
+async def test_reranking(fake: Serving, port: str) -> None:
+    fields = {"query": "Oslo", "documents": ["a", "b"]}
+    status, answer = await ask(fake, port, "/v1/rerank", model="ranker", **fields)
+    assert (status, [each["index"] for each in answer["results"]]) == (200, [0, 1])
+    status, answer = await ask(fake, port, "/v1/rerank", **fields)
+    assert status == 400
+    assert "flags.reranking = true" in answer["error"]["message"]
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
