@@ -21,6 +21,7 @@ import psutil
 
 from bench.catalogue import catalogue
 from bench.client import CHAT, OLLAMA_CHAT, alternate, ask, ask_once, client, knock, percentile, run, stream
+from bench.downloads import downloads
 from bench.nginx import nginx
 from bench.program import Program, cpu_seconds, engine_of, prepare, serving
 from bench.rows import QUICK, Effort, Row
@@ -185,7 +186,7 @@ def busy(program: Program, effort: Effort) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Program, Effort], Iterator[Row]]] = {
     "headless": headless, "tui": tui, "latency": latency, "cold": cold, "streams": streams,
-    "busy": busy, "scheduling": scheduling, "catalogue": catalogue,
+    "busy": busy, "scheduling": scheduling, "catalogue": catalogue, "downloads": downloads,
 }  # fmt: skip
 
 

@@ -242,7 +242,8 @@ def models(
     elif len(catalog):
         typer.echo(as_table(catalog))
     else:
-        typer.echo("there are no models; put .gguf files into a folder of discovery.folders", err=True)
+        typer.echo("there are no models; put .gguf files into a folder of discovery.folders,", err=True)
+        typer.echo("or download one: llamarunner pull llama3.2:1b", err=True)
         typer.echo(f"searched: {', '.join(places(loaded.config)) or 'nothing at all'}", err=True)
 
 
