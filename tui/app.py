@@ -25,7 +25,8 @@ from tui import words
 from tui.driver import TerminalDriver
 from tui.environment import locale_is_utf8
 from tui.screens.choice import Choice, Option
-from tui.screens.detail import Detail, model_facts, request_facts
+from tui.screens.detail import Detail
+from tui.screens.facts import model_facts, request_facts
 from tui.screens.help import help_facts
 from tui.screens.main import MainScreen
 from tui.settings import ControlCenterSettings

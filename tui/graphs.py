@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_PARTS = ("▆", "░")
 # dots of a braille cell that are lit for 0 to 4 rows filled from below, in its left and its right column
 _LEFT = (0x00, 0x40, 0x44, 0x46, 0x47)
 _RIGHT = (0x00, 0x80, 0xA0, 0xB0, 0xB8)
@@ -14,6 +15,17 @@ def bar(fraction: float, width: int) -> tuple[str, str]:
     bounded = max(0.0, min(1.0, fraction))
     filled = max(1, round(bounded * width)) if bounded > 0.005 else 0
     return "▆" * filled, "·" * (width - filled)
+
+
+def shares(fractions: Sequence[float], width: int) -> list[str]:
+    """A bar of several parts, each with its own character, and last the empty part; `width` cells together."""
+    parts: list[str] = []
+    room = width
+    for fraction, character in zip(fractions, _PARTS, strict=True):
+        cells = min(room, len(bar(fraction, width)[0]))
+        parts.append(character * cells)
+        room -= cells
+    return [*parts, "·" * room]
 
 
 def history(values: Sequence[float], width: int, height: int = 1) -> list[str]:

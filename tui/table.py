@@ -28,6 +28,7 @@ class Cell:
     style: str = ""
     order: Any = None  # what it is sorted by, None last
     short: str = ""  # in place of a text that there is no room for
+    tail: str = ""  # after the text, and kept where that must be cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ def row_line(row: Row, fitted: Sequence[Fitted], gap: int, background: str) -> L
         cell = row.cells[item.column.key]
         style = "muted" if row.faded and not cell.style else cell.style
         text = cell.short if cell.short and cell_len(cell.text) > item.width else cell.text
+        if cell.tail:
+            text = fit(text, min(cell_len(text), item.width - cell_len(cell.tail))) + cell.tail
         # the gap belongs to its cell: a span of its own would cost 25 bytes of colours
         spans.append((fit(text, item.width, item.column.align) + " " * gap, style))
     return Line(tuple(spans), background)

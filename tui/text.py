@@ -18,8 +18,8 @@ _UNSURE = re.compile("[\ufe00-\ufe0f\U0001f3fb-\U0001f3ff\U000e0100-\U000e01ef]"
 _FLAG_LETTERS = {0x1F1E6 + index: chr(ord("A") + index) for index in range(26)}
 
 # one for one
-_FROM = "…·•°µ×→←↑↓∞⏎─━│┃╭╮╰╯┌┐└┘▲▼▸●○◌◐◔◕✗✓▆█▌▐▁▔–—‘’“”"
-_TO = "~-* ux><^v-E-=||++++++++^v>*.~~~~x+##>#_---''\"\""
+_FROM = "…·•°µ×→←↑↓∞⏎─━│┃╭╮╰╯┌┐└┘▲▼▸●○◌◐◔◕✗✓▆█▌▐░▁▔–—‘’“”"
+_TO = "~-* ux><^v-E-=||++++++++^v>*.~~~~x+##>#:_---''\"\""
 _ASCII = dict(zip(_FROM, _TO, strict=True))
 _DOT_LEVELS = " .:-=+*#@"  # for a braille character of 0 to 8 dots
 

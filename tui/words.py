@@ -32,11 +32,25 @@ LIVE_PHASES = frozenset({RequestPhase.QUEUED, RequestPhase.LOADING, RequestPhase
 
 
 def model_state(model: ModelView) -> tuple[str, str]:
-    if model.hung_s is not None:
+    return runner_state(model.state, in_flight=model.in_flight, hung=model.hung_s is not None)
+
+
+def runner_state(state: RunnerState, *, in_flight: int = 0, hung: bool = False) -> tuple[str, str]:
+    if hung:
         return "✗ hung", "bad"
-    glyph, style = _STATES[model.state]
-    busy = model.state is RunnerState.READY and model.in_flight
-    return (f"{glyph} busy", "accent") if busy else (f"{glyph} {model.state}", style)
+    glyph, style = _STATES[state]
+    busy = state is RunnerState.READY and in_flight
+    return (f"{glyph} busy", "accent") if busy else (f"{glyph} {state}", style)
+
+
+def client(request: RequestView) -> str:
+    """By the name the configuration has for it, with its address."""
+    return f"{request.client_name} {request.client}" if request.client_name else request.client
+
+
+def is_marked(request: RequestView) -> bool:
+    """It was not answered quite as it was asked; its detail says how."""
+    return bool(request.truncated or request.stripped or request.ignored)
 
 
 def request_state(request: RequestView) -> tuple[str, str]:

@@ -19,16 +19,51 @@ __all__ = [
     "ProxyView",
     "PullState",
     "PullView",
+    "ReplicaView",
     "RequestPhase",
     "RequestView",
     "RunnerState",
+    "ShareView",
     "Snapshot",
+    "UseView",
 ]
 
 
 @dataclass(frozen=True, slots=True)
+class ShareView:
+    """What a model has of one device, or last had; of all its replicas, where there are several."""
+
+    device: str  # "ram", "gpu0", ...
+    layers: int | None = None  # of the model; None for replicas
+    estimated_bytes: int | None = None  # told from its header before it ran
+    measured_bytes: int | None = None  # while it is ready
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """One of several runners of a model."""
+
+    name: str  # the model's, or "NAME#2"
+    state: RunnerState
+    engine: str = ""
+    pid: int | None = None
+    port: int | None = None
+    url: str = ""  # where it is a server elsewhere
+    in_flight: int = 0
+    queued: int = 0
+    slots: int | None = None
+    memory_bytes: int | None = None
+    gpu_bytes: int | None = None
+    problem: str = ""  # why it failed
+    state_s: float = 0.0
+    hung_s: float | None = None
+    ejected_s: float = 0.0  # until requests go to it again
+
+
+@dataclass(frozen=True, slots=True)
 class ModelView:
-    """One row: a model of the catalogue and, where there is one, its runner."""
+    """One row: a model of the catalogue and, where there is one, its runner. Of replicas it tells of one that is ready;
+    memory, slots and requests are those of all of them."""
 
     name: str
     state: RunnerState  # stopped where it has no runner
@@ -44,15 +79,25 @@ class ModelView:
     capabilities: tuple[str, ...] = ()
     problem: str = ""  # the model cannot run: why
     hint: str = ""  # and what would help
+    tags: tuple[str, ...] = ()
+    priority: int = 0
     pinned: bool = False
+    pinned_by: str = ""  # the tag it is pinned by
+    keep_alive_s: float = 0.0  # in force: what the newest request asked, else what is configured
+    keep_alive_min_s: float = 0.0  # bounds of what requests may ask
+    keep_alive_max_s: float | None = None
+    replica_count: int = 1  # configured
+    replicas: tuple[ReplicaView, ...] = ()  # where there are several, and it was loaded once
     # of the runner
     runner_id: int | None = None
     pid: int | None = None
     port: int | None = None
+    url: str = ""  # where its engine is a server elsewhere
     argv: tuple[str, ...] = ()
     memory_bytes: int | None = None  # resident in RAM
     gpu_bytes: int | None = None  # in GPU memory
-    estimated_bytes: int | None = None  # of both, told from its header before it ran
+    shares: tuple[ShareView, ...] = ()  # GPUs first
+    demanded: str = ""  # by a request, beyond the configuration: "context 16384"
     context: int | None = None  # tokens for each request, as the engine reports it once ready
     slots: int | None = None
     in_flight: int = 0  # requests being answered now
@@ -63,7 +108,21 @@ class ModelView:
     progress: float | None = None  # of the load, 0..1, in steps of a hundredth: as told by the engine, or estimated
     activity: tuple[str, ...] = ()  # what each busy slot does: "slot 0: prompt 42 %"
     idle_left_s: float | None = None  # until it is unloaded; None while busy, inf when never
+    protected_s: float = 0.0  # until it may leave to make room, though it is idle
+    failures: int = 0  # lately
+    retry_s: float = 0.0  # after these, until requests have it tried again
+    left_alone: bool = False  # it failed so often that only time or a person has it tried again
     hung_s: float | None = None  # its engine owes an answer and gives no sign of life for so long
+
+
+@dataclass(frozen=True, slots=True)
+class UseView:
+    """What the memory of one device is used for, as the scheduler counts."""
+
+    ours_bytes: int  # held by loaded models, or promised to them
+    others_bytes: int
+    reserve_bytes: int  # kept free
+    free_bytes: int  # for models
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +136,7 @@ class GpuView:
     power_w: float | None = None
     power_limit_w: float | None = None
     stale: bool = False  # the driver stopped answering; these are the last figures
+    use: UseView | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +148,7 @@ class HostView:
     memory_total_bytes: int = 0
     own_memory_bytes: int = 0  # of this program, without engines
     gpu_note: str = ""  # why there are no GPUs to show
+    use: UseView | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,10 +84,14 @@ class Facts:
         return self.now < self.protected_until(resident)
 
     def protected_until(self, resident: Resident) -> float:
-        if resident.ready_since is None or resident.idle_since is None:
-            return -math.inf
-        linger = resident.idle_since + _LINGER_SHARE * self.min_residency_s
-        return min(resident.ready_since + self.min_residency_s, linger)
+        return protected_until(resident, self.min_residency_s)
+
+
+def protected_until(resident: Resident, min_residency_s: float) -> float:
+    if resident.ready_since is None or resident.idle_since is None:
+        return -math.inf
+    linger = resident.idle_since + _LINGER_SHARE * min_residency_s
+    return min(resident.ready_since + min_residency_s, linger)
 
 
 @dataclass(frozen=True, slots=True)

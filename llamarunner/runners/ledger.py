@@ -17,7 +17,7 @@ from llamarunner.errors import LlamaRunnerError
 from llamarunner.runners.demand import NO_DEMAND, Demand
 from llamarunner.runners.footprints import Footprints, Measured, footprint_key
 from llamarunner.runners.memory import Need, companions, estimate
-from llamarunner.runners.place import Place
+from llamarunner.runners.place import Place, Share
 from llamarunner.runners.placement import RAM, Device, Placement
 from llamarunner.runners.runner import Runner
 
@@ -136,15 +136,14 @@ class Ledger:
         known = self._needs.get((place.model.name, place.model.settings.engine))
         return known.by_demand.get(demand.key) if known is not None else None
 
-    def estimated(self, place: Place) -> int | None:
-        """Bytes in all, of where it lies or last lay; as the header tells, whatever was measured since."""
-        if place.need is None or place.placement is None:
-            return None
-        if place.placement.gpu_layers is None:
-            return place.need.on_cpu()
-        shares = place.placement.tensor_split or (place.placement.gpu_layers,)
-        allocation = place.need.on_gpus(shares)
-        return allocation.ram + sum(allocation.gpus)
+    def shares(self, place: Place) -> tuple[Share, ...]:
+        """Of each device it lies on, or last lay on: GPUs first."""
+        runner, placement, need = place.runner, place.placement, place.need
+        is_measured = place.is_ready and runner is not None and runner.pid is not None
+        measured = self._gauge.held(runner.pid) if is_measured and runner is not None and runner.pid else {}
+        estimated, layers = _spread(need, placement) if need is not None and placement is not None else ({}, {})
+        devices = sorted({**estimated, **measured}, key=lambda device: (device == RAM, device))
+        return tuple(Share(each, layers.get(each), estimated.get(each), measured.get(each)) for each in devices)
 
     def expected_load_s(self, place: Place) -> float | None:
         """How long a load took where it lies or last lay, be it of an earlier run of the program; None where nobody
@@ -227,6 +226,18 @@ class Ledger:
             return footprint_key(model, engine=engine_kind, version=version, placement=placement)
         except LlamaRunnerError:
             return ""
+
+
+def _spread(need: Need, placement: Placement) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes, and layers, by device."""
+    if placement.gpu_layers is None:
+        return {RAM: need.on_cpu()}, {RAM: need.units}
+    split = placement.tensor_split or (placement.gpu_layers,)
+    allocation = need.on_gpus(split)
+    layers = dict(zip(placement.devices, split, strict=False))
+    if rest := need.units - sum(split):
+        layers[RAM] = rest
+    return {RAM: allocation.ram, **dict(zip(placement.devices, allocation.gpus, strict=False))}, layers
 
 
 def _estimate(model: Model, engine: Engine) -> tuple[Need | None, str]:

@@ -93,7 +93,8 @@ class Loads:
         if engine is None:
             self.fail(place, EngineMissingError(f"there is no engine '{model.settings.engine}'"))
             return
-        place.placement, place.launched, place.need = placement, model, self._ledger.first_need(place, demand)
+        place.launched, place.demanded = model, demand
+        place.placement, place.need = placement, self._ledger.first_need(place, demand)
         if place.load_s is None:
             place.load_s = self._ledger.expected_load_s(place)
         runner = Runner(

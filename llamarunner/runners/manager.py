@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from llamarunner.runners.ledger import Ledger, NoGauge
 from llamarunner.runners.loads import Loads
 from llamarunner.runners.outlook import Outlook
 from llamarunner.runners.place import Place, Residence
+from llamarunner.runners.placement import Device
 from llamarunner.runners.places import Places
 from llamarunner.runners.runner import EngineLog, Runner
 from llamarunner.runners.scheduler import decide
@@ -340,6 +341,10 @@ class RunnerManager:
     def residence(self, name: str) -> Residence | None:
         """Of the model of this name, its replicas taken together; None where it never was loaded."""
         return self._places.residence(name)
+
+    def devices(self) -> Sequence[Device]:
+        """With what each is used for, by ours and by others; () where nothing is measured."""
+        return self._places.devices()
 
     def outlooks(self) -> Mapping[int, Outlook]:
         """What each waiting request may be told, by request id."""

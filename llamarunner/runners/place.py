@@ -12,7 +12,7 @@ from llamarunner.catalog.catalog import Model
 from llamarunner.errors import EngineError, LoadError
 from llamarunner.events import RunnerState
 from llamarunner.runners.demand import NO_DEMAND, Demand
-from llamarunner.runners.facts import Resident
+from llamarunner.runners.facts import Resident, protected_until
 from llamarunner.runners.memory import Need
 from llamarunner.runners.placement import Placement
 from llamarunner.runners.restarts import OPEN_AFTER, WINDOW_S, Restarts
@@ -22,6 +22,16 @@ from llamarunner.units import format_duration
 
 LOADING = (RunnerState.STARTING, RunnerState.LOADING)
 _NEWEST_WEIGHT = 0.3  # of the newest answer in the average time of one
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a runner has of one device, or had. Bytes; None where it is not known."""
+
+    device: str  # "ram", "gpu0", ...
+    layers: int | None = None  # of the model, its output matrix counted as one
+    estimated: int | None = None  # told by the header, whatever was measured since
+    measured: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +45,20 @@ class Residence:
     idle_left_s: float | None  # until it is unloaded for idleness; None while it is busy or not ready
     failure: EngineError | None
     failed_s: float  # since the failure
-    estimated_bytes: int | None = None  # of memory, before anything was measured
+    shares: tuple[Share, ...] = ()
     load_s: float | None = None  # how long the newest load that succeeded took
     hung_s: float | None = None  # without a sign of life from its engine, which owes an answer; None if all is well
     pinned: bool = False
+    pinned_by: str = ""  # the tag that `scheduler.always_stay` has
+    slots: int | None = None  # requests it answers side by side; None until its engine has told
+    demanded: str = ""  # of its runner by a request, beyond the configuration: "context 16384"
+    protected_s: float = 0.0  # until it may leave for another though it is idle
+    retry_s: float = 0.0  # until requests have one that failed tried again
+    failures: int = 0  # lately
+    is_left_alone: bool = False  # for these
+    ejected_s: float = 0.0  # until requests go to this replica again
     name: str = ""  # the model's, or "NAME#2" for its second replica
+    engine: str = ""  # name of its engine
     replicas: tuple[Residence, ...] = ()  # each, where there are several
 
 
@@ -52,8 +71,10 @@ class Place:
     waiters: Waiters
     base: Model | None = None  # the catalogue's, that `model` was made of
     pinned: bool = False
+    pinned_by: str = ""  # the tag that says so, where the model itself does not
     apart: frozenset[str] = frozenset()  # its tags of which only one may be loaded at a time
     launched: Model | None = None  # as its runner was started: with what requests demanded
+    demanded: Demand = NO_DEMAND  # that
     runner: Runner | None = None
     ready_since: float | None = None
     holders: Counter[int] = field(default_factory=Counter)  # leases by priority
@@ -134,21 +155,31 @@ class Place:
             apart=self.apart,
         )
 
-    def residence(self, now: float, estimated_bytes: int | None = None) -> Residence:
-        idle = self.runner is not None and self.idle_since is not None
+    def residence(self, now: float, shares: tuple[Share, ...] = (), min_residency_s: float = 0.0) -> Residence:
+        resident = self.resident() if self.runner is not None and self.idle_since is not None else None
+        has_failed = self.failure is not None and self.runner is None
         return Residence(
             runner=self.runner,
             in_flight=self.leases,
             queued=len(self.waiters),
             keep_alive_s=math.inf if self.pinned else self.keep_alive_s,
-            idle_left_s=max(0.0, self.resident().expires - now) if idle else None,
+            idle_left_s=max(0.0, resident.expires - now) if resident is not None else None,
             failure=self.failure,
             failed_s=now - self.failed_at if self.failure else 0.0,
-            estimated_bytes=estimated_bytes,
+            shares=shares,
             load_s=self.load_s,
             hung_s=self.hung_s,
             pinned=self.pinned,
+            pinned_by=self.pinned_by,
+            slots=self.slots if self.runner is not None and self.runner.slots else None,
+            demanded=str(self.demanded) if self.runner is not None else "",
+            protected_s=max(0.0, protected_until(resident, min_residency_s) - now) if resident is not None else 0.0,
+            retry_s=self.restarts.wait_s(now) if has_failed else 0.0,
+            failures=self.restarts.count(now),
+            is_left_alone=has_failed and self.restarts.is_open(now),
+            ejected_s=max(0.0, self.ejected_until - now),
             name=self.name,
+            engine=self.model.settings.engine,
         )
 
 
@@ -158,14 +189,39 @@ def together(residences: Sequence[Residence]) -> Residence:
         return residences[0]
     running = [each for each in residences if each.runner is not None]
     ready = [each for each in running if each.runner is not None and each.runner.state is RunnerState.READY]
-    first = (ready or running or list(residences))[0]
+    sound = [each for each in ready if each.hung_s is None]
+    first = (sound or ready or running or list(residences))[0]
+    in_flight = sum(each.in_flight for each in residences)
+    left = [each.idle_left_s for each in residences if each.idle_left_s is not None]
     return replace(
         first,
-        in_flight=sum(each.in_flight for each in residences),
+        in_flight=in_flight,
         queued=sum(each.queued for each in residences),
+        slots=sum(each.slots or 0 for each in residences) or None,
+        idle_left_s=None if in_flight else max(left, default=None),
+        shares=_added([share for each in residences for share in each.shares]),
         failure=first.failure if running else next((e.failure for e in residences if e.failure is not None), None),
         replicas=tuple(residences),
     )
+
+
+def _added(shares: Sequence[Share]) -> tuple[Share, ...]:
+    """One for each device. Layers are told of each replica: added up they would mean nothing."""
+    devices = dict.fromkeys(share.device for share in shares)
+    return tuple(
+        Share(
+            device,
+            None,
+            _sum([share.estimated for share in shares if share.device == device]),
+            _sum([share.measured for share in shares if share.device == device]),
+        )
+        for device in devices
+    )
+
+
+def _sum(sizes: Sequence[int | None]) -> int | None:
+    known = [size for size in sizes if size is not None]
+    return sum(known) if known else None
 
 
 def not_yet(failure: EngineError, wait_s: float, is_open: bool) -> EngineError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from llamarunner.catalog.catalog import Model
@@ -14,6 +14,7 @@ from llamarunner.runners.facts import Facts, Waiting
 from llamarunner.runners.ledger import Ledger
 from llamarunner.runners.outlook import Outlook, outlooks
 from llamarunner.runners.place import Place, Residence, together
+from llamarunner.runners.placement import Device
 from llamarunner.runners.waiters import Waiter, Waiters
 
 _RETRY_AFTER_S = 5.0  # told to clients that are turned away, where nothing better is known
@@ -54,7 +55,8 @@ class Places:
         if place is None:
             place = self._places[name] = Place(name, own, Waiters(self._settings.max_wait))
         place.base, place.model = model, own
-        place.pinned = settings.pin or not set(self._settings.always_stay).isdisjoint(settings.tags)
+        staying = [tag for tag in settings.tags if tag in self._settings.always_stay]
+        place.pinned, place.pinned_by = settings.pin or bool(staying), next(iter(staying), "")
         place.apart = frozenset(settings.tags) & frozenset(self._settings.never_together)
         if (runs_it := self._engines.get(engine)) is not None:
             place.engine_kind, place.is_local = runs_it.kind, runs_it.is_local
@@ -80,10 +82,14 @@ class Places:
     # -- what may be told --------------------------------------------------------------------------------------------
 
     def residence(self, name: str) -> Residence | None:
-        places, now = self._replicas.get(name), time.monotonic()
+        places, now, kept_s = self._replicas.get(name), time.monotonic(), self._settings.min_residency
         if not places:
             return None
-        return together([place.residence(now, self._ledger.estimated(place)) for place in places])
+        return together([place.residence(now, self._ledger.shares(place), kept_s) for place in places])
+
+    def devices(self) -> Sequence[Device]:
+        held = [self._ledger.held(place) for place in self if place.runner is not None]
+        return [device.holding(sum(each.get(device.id, 0) for each in held)) for device in self._ledger.devices()]
 
     def outlooks(self) -> Mapping[int, Outlook]:
         return outlooks(list(self), time.monotonic())

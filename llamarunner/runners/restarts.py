@@ -30,8 +30,12 @@ class Restarts:
         """It works, or a person says it shall be tried."""
         self._failures.clear()
 
+    def count(self, now: float) -> int:
+        """Failures lately, `OPEN_AFTER` at most."""
+        return len(self._recent(now))
+
     def is_open(self, now: float) -> bool:
-        return len(self._recent(now)) >= OPEN_AFTER
+        return self.count(now) >= OPEN_AFTER
 
     def wait_s(self, now: float) -> float:
         """Until the next try; 0 where there is nothing to wait for."""

@@ -13,13 +13,15 @@ from llamarunner.catalog.catalog import Catalog, Model
 from llamarunner.catalog.library import Library
 from llamarunner.catalog.pull import Pulls
 from llamarunner.config.schema import ModelSettings
-from llamarunner.control.local import LocalBackend, Sources, gpu_views, model_view, request_view
-from llamarunner.control.snapshot import RequestPhase, RunnerState
+from llamarunner.control.local import LocalBackend, Sources
+from llamarunner.control.snapshot import RequestPhase, RunnerState, ShareView, UseView
+from llamarunner.control.views import gpu_views, host_view, model_view, request_view
 from llamarunner.engines.log_events import Activity, SlotActivity, SlotPhase
 from llamarunner.errors import LoadError, PortTakenError
 from llamarunner.events import EventBus, ProxyChanged, RequestFinished, RequestStarted, RequestTrace, RunnerChanged
 from llamarunner.runners.outlook import Outlook
-from llamarunner.runners.place import Place, Residence
+from llamarunner.runners.place import Place, Residence, Share, together
+from llamarunner.runners.placement import Device
 from llamarunner.runners.waiters import Waiters
 from llamarunner.telemetry.gpus import GpuSample
 from llamarunner.telemetry.hardware import HardwareSample, HardwareSampler, HostSample, ProcessSample
@@ -77,12 +79,45 @@ def test_a_broken_file_shows_its_problem_and_remedy() -> None:
 
 def test_a_loaded_model_shows_what_its_runner_measured() -> None:
     hardware = HardwareSample(taken=0.0, processes={4242: ProcessSample(3_000, 5_000)})
-    place = residence(runner=LoadedRunner(), in_flight=1, queued=2)
+    place = residence(runner=LoadedRunner(), in_flight=1, queued=2, slots=2)
     view = model_view(a_model(), place, hardware, 42.0)
     assert view.state is RunnerState.READY
     assert (view.memory_bytes, view.gpu_bytes, view.context, view.slots) == (3_000, 5_000, 4096, 2)
     assert (view.in_flight, view.queued, view.tokens_per_s, view.load_s) == (1, 2, 42.0, 1.5)
     assert view.state_s >= 0
+
+
+class SecondRunner(LoadedRunner):
+    pid, slots = 4243, 4
+
+
+def test_of_replicas_the_row_is_the_sum_and_each_is_told_of() -> None:
+    processes = {4242: ProcessSample(3_000, 5_000), 4243: ProcessSample(100, None)}
+    failed = residence(name="qwen#3", engine="far", failure=LoadError("no such host"), failed_s=4.0, ejected_s=26.0)
+    first, second = residence(name="qwen", runner=LoadedRunner()), residence(name="qwen#2", runner=SecondRunner())
+    whole = together([first, second, failed])
+    view = model_view(a_model(), whole, HardwareSample(taken=0.0, processes=processes), None)
+    assert (view.memory_bytes, view.gpu_bytes, view.state) == (3_100, 5_000, RunnerState.READY)
+    assert [(each.name, each.pid, each.memory_bytes) for each in view.replicas] == [
+        ("qwen", 4242, 3_000), ("qwen#2", 4243, 100), ("qwen#3", None, None),
+    ]  # fmt: skip
+    last = view.replicas[-1]
+    assert (last.state, last.problem, last.state_s, last.ejected_s) == (RunnerState.FAILED, "no such host", 4.0, 26.0)
+
+
+def test_why_a_model_is_where_it_is() -> None:
+    settings = ModelSettings(priority=3, tags=["chat"], keep_alive_min=60.0, keep_alive_max=600.0, replicas=2)
+    place = residence(
+        runner=LoadedRunner(), pinned=True, pinned_by="chat", demanded="context 16384", protected_s=4.0,
+        keep_alive_s=120.0, shares=(Share("gpu0", 33, 90, 100), Share("ram", None, 10)),
+    )  # fmt: skip
+    view = model_view(Model("qwen", Path("/qwen.gguf"), settings), place, NO_HARDWARE, None)
+    assert (view.priority, view.tags, view.pinned, view.pinned_by) == (3, ("chat",), True, "chat")
+    assert (view.keep_alive_s, view.keep_alive_min_s, view.keep_alive_max_s) == (120.0, 60.0, 600.0)
+    assert (view.demanded, view.protected_s, view.replica_count) == ("context 16384", 4.0, 2)
+    assert view.shares == (ShareView("gpu0", 33, 90, 100), ShareView("ram", None, 10, None))
+    asleep = model_view(Model("qwen", Path("/qwen.gguf"), settings), None, NO_HARDWARE, None)
+    assert (asleep.keep_alive_s, asleep.replicas, asleep.shares) == (300.0, (), ())
 
 
 class LoadingRunner(LoadedRunner):
@@ -171,7 +206,14 @@ def test_a_request_that_waits_counts_up() -> None:
 
 def test_a_card_that_says_nothing_of_its_memory_is_shown_all_the_same() -> None:
     (view,) = gpu_views(HardwareSample(taken=0.0, host=HostSample(), gpus=(GpuSample(0, "GB10"),)))
-    assert (view.name, view.used_bytes, view.total_bytes) == ("GB10", 0, 0)
+    assert (view.name, view.used_bytes, view.total_bytes, view.use) == ("GB10", 0, 0, None)
+
+
+def test_what_memory_is_used_for() -> None:
+    devices = {"gpu0": Device("gpu0", "GPU 0", 100, 10, 20, 30), "ram": Device("ram", "RAM", 100, 0, 5)}
+    sample = HardwareSample(taken=0.0, host=HostSample(), gpus=(GpuSample(0, "A"), GpuSample(1, "B", problem="lost")))
+    assert [gpu.use for gpu in gpu_views(sample, devices)] == [UseView(30, 20, 10, 40), None]
+    assert host_view(sample, devices).use == UseView(0, 5, 0, 95)
 
 
 class Manager:
@@ -182,6 +224,9 @@ class Manager:
 
     def outlooks(self) -> dict[int, Outlook]:
         return {}
+
+    def devices(self) -> list[Device]:
+        return []
 
 
 class Proxy:

@@ -2,9 +2,9 @@
 
     python tests/fakes/fake_backend.py [SCENE] [--theme NAME] [--ascii] [--asyncio] [--beat FILE]
 
-SCENE is busy, live, idle, cpu, empty, trouble or crash; `live` moves, `crash` raises in the third second, the others
-stand still. With `--beat` the loop writes down every 100 ms how late it ran at worst, and after a lost screen or a
-crash it goes on until SIGTERM, as the servers do.
+SCENE is busy, live, idle, cpu, empty, trouble, pulls or crash; `live` moves, `crash` raises in the third second, the
+others stand still. With `--beat` the loop writes down every 100 ms how late it ran at worst, and after a lost screen
+or a crash it goes on until SIGTERM, as the servers do.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from llamarunner.control.snapshot import (
     ProxyView,
     PullState,
     PullView,
+    ReplicaView,
     RequestPhase,
     RequestView,
     RunnerState,
+    ShareView,
     Snapshot,
+    UseView,
 )
 
 GIB = 1024**3
@@ -40,10 +43,21 @@ PROXIES = (
     ProxyView("ollama", "Ollama", True, True, "127.0.0.1", 11434),
     ProxyView("lmstudio", "LM Studio", True, True, "127.0.0.1", 1234),
 )
-HOST = HostView(cpu=0.23, cores=32, load_1m=4.2, memory_used_bytes=41 * GIB, memory_total_bytes=128 * GIB)
+
+
+def use(total: float, ours: float, others: float, reserve: float) -> UseView:
+    """In GiB."""
+    free = max(0.0, total - ours - others - reserve)
+    return UseView(int(ours * GIB), int(others * GIB), int(reserve * GIB), int(free * GIB))
+
+
+HOST = HostView(
+    cpu=0.23, cores=32, load_1m=4.2, memory_used_bytes=41 * GIB, memory_total_bytes=128 * GIB,
+    use=use(128, 2.0, 39, 2),
+)  # fmt: skip
 GPUS = (
-    GpuView(0, "NVIDIA GeForce RTX 4090", int(18.2 * GIB), 24 * GIB, 0.87, 71, 312, 450),
-    GpuView(1, "NVIDIA GeForce RTX 3090", int(9.4 * GIB), 24 * GIB, 0.34, 58, 164, 350),
+    GpuView(0, "NVIDIA GeForce RTX 4090", int(18.2 * GIB), 24 * GIB, 0.87, 71, 312, 450, use=use(24, 17.4, 0.8, 0.5)),
+    GpuView(1, "NVIDIA GeForce RTX 3090", int(9.4 * GIB), 24 * GIB, 0.34, 58, 164, 350, use=use(24, 3.1, 6.3, 0.5)),
 )
 
 
@@ -69,10 +83,23 @@ def busy_models() -> tuple[ModelView, ...]:
               memory_bytes=int(0.9 * GIB), context=32768, slots=4, in_flight=3, queued=1, tokens_per_s=58.4,
               state_s=421.0, load_s=6.8,
               activity=("slot 0: generating", "slot 1: generating", "slot 3: prompt 42 %"), pid=41822, port=40213,
-              argv=argv, parameter_size="14.8B", aliases=("qwen",), pinned=True),
-        model("llama-3.2-3b-instruct", RunnerState.READY, gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.4 * GIB),
+              argv=argv, parameter_size="14.8B", aliases=("qwen",), pinned=True, pinned_by="chat", priority=2,
+              tags=("chat", "large"), keep_alive_s=math.inf, demanded="context 32768",
+              shares=(ShareView("gpu0", 38, int(11.0 * GIB), int(11.3 * GIB)),
+                      ShareView("ram", 3, int(0.8 * GIB), int(0.9 * GIB)))),
+        model("llama-3.2-3b-instruct", RunnerState.READY, gpu_bytes=int(6.2 * GIB), memory_bytes=int(0.4 * GIB),
               context=8192, slots=8, in_flight=1, tokens_per_s=142.7, state_s=95.0, load_s=2.1, pid=41901, port=40377,
-              architecture="llama", parameter_size="3.2B", quantization="Q8_0"),
+              architecture="llama", parameter_size="3.2B", quantization="Q8_0", replica_count=3, keep_alive_s=300.0,
+              keep_alive_min_s=60.0, keep_alive_max_s=3600.0, protected_s=3.0,
+              replicas=(
+                  ReplicaView("llama-3.2-3b-instruct", RunnerState.READY, "default", 41901, 40377, in_flight=1,
+                              slots=4, gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.2 * GIB)),
+                  ReplicaView("llama-3.2-3b-instruct#2", RunnerState.READY, "default", 41950, 40391, slots=4,
+                              gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.2 * GIB), ejected_s=26.0),
+                  ReplicaView("llama-3.2-3b-instruct#3", RunnerState.FAILED, "attic", url="http://192.168.1.9:8080",
+                              problem="cannot reach http://192.168.1.9:8080: connection refused")),
+              shares=(ShareView("gpu1", None, int(6.0 * GIB), int(6.2 * GIB)),
+                      ShareView("ram", None, int(0.5 * GIB), int(0.4 * GIB)))),
         model("nomic-embed-text", RunnerState.READY, memory_bytes=int(0.3 * GIB), context=2048, slots=2, state_s=600.0,
               load_s=0.6, idle_left_s=187.0, architecture="nomic-bert", parameter_size="137M", quantization="F16",
               capabilities=("embedding",)),
@@ -80,7 +107,8 @@ def busy_models() -> tuple[ModelView, ...]:
               progress=0.43, architecture="gemma3", parameter_size="27B", file_bytes=16 * GIB),
         model("mistral-small-24b", RunnerState.FAILED, reason="out of memory", state_s=31.0, architecture="llama",
               problem="the engine ran out of GPU memory while loading: needs 15.1 GiB, 5.8 GiB are free",
-              hint="set a smaller context, or fewer gpu_layers", parameter_size="24B", file_bytes=14 * GIB),
+              hint="set a smaller context, or fewer gpu_layers", parameter_size="24B", file_bytes=14 * GIB,
+              failures=6, retry_s=240.0, left_alone=True),
         model("通义千问 7b 🦙/chat", architecture="qwen2", parameter_size="7.6B", source="ollama"),
     )  # fmt: skip
 
@@ -105,16 +133,18 @@ def busy_requests() -> tuple[RequestView, ...]:
         request(1, live, "qwen3-14b", ttft_s=0.31, total_s=7.2, prompt_tokens=1840, output_tokens=402,
                 output_tokens_per_s=58.4, status=200, queue_s=0.0, prompt_tokens_per_s=5900.0),
         request(2, live, "qwen3-14b", ttft_s=0.44, total_s=4.1, prompt_tokens=212, output_tokens=188,
-                output_tokens_per_s=51.0, status=200, queue_s=0.0, client="192.168.1.44:50233"),
+                output_tokens_per_s=51.0, status=200, queue_s=0.0, client="192.168.1.44:50233", client_name="ada",
+                priority=5),
         request(3, live, "llama-3.2-3b-instruct", ttft_s=0.09, total_s=1.4, prompt_tokens=96, output_tokens=171,
                 output_tokens_per_s=142.7, status=200, queue_s=0.0),
         request(4, RequestPhase.PROMPT, "qwen3-14b", total_s=0.6, queue_s=0.0, client="192.168.1.44:50240"),
         request(5, RequestPhase.LOADING, "gemma-3-27b-it", total_s=8.4, queue_s=0.2, load_s=8.2),
-        request(6, RequestPhase.QUEUED, "gemma-3-27b-it", total_s=2.9, queue_s=2.9),
+        request(6, RequestPhase.QUEUED, "gemma-3-27b-it", total_s=2.9, queue_s=2.9, client="192.168.1.50:41022",
+                client_name="batch", priority=-5, position=2, waiting_for="loading gemma-3-27b-it", left_s=11.0),
         request(7, done, "nomic-embed-text", total_s=0.018, ttft_s=0.017, prompt_tokens=512, status=200,
                 endpoint="/v1/embeddings", stream=False),
         request(8, done, "qwen3-14b", ttft_s=0.28, total_s=21.6, prompt_tokens=3120, output_tokens=1204,
-                output_tokens_per_s=56.1, status=200, cached_tokens=2900),
+                output_tokens_per_s=56.1, status=200, cached_tokens=2900, ignored="num_cxt"),
         request(9, RequestPhase.CANCELLED, "qwen3-14b", ttft_s=0.35, total_s=3.0, prompt_tokens=77, output_tokens=120,
                 output_tokens_per_s=45.2),
         request(10, RequestPhase.FAILED, "mistral-small-24b", total_s=4.4, load_s=4.4, status=500,
@@ -135,6 +165,19 @@ LOG = (
     ("debug", "gemma-3-27b-it: load_tensors: offloading 62 layers to GPU [=====>    ]"),
     ("info", "POST /v1/chat/completions 200 21.6s qwen3-14b 3120→1204 tokens"),
 )
+
+
+def pulls() -> tuple[PullView, ...]:
+    """One in each state."""
+    return (
+        PullView("llama3.2:1b", PullState.RUNNING, "pulling 74701a8c35f6", int(0.57 * GIB), int(1.32 * GIB),
+                 48.3 * 2**20, 16.0),
+        PullView("hf.co/bartowski/Qwen2.5-Coder-32B-Instruct-GGUF:Q4_K_M", PullState.WAITING, "pulling manifest"),
+        PullView("gemma3:27b", PullState.FAILED, "pulling manifest", ended_at=NOW - 40, hint="see `ollama.com/library`",
+                 problem="gemma3:27b was not found in registry.ollama.ai: pull model manifest: file does not exist"),
+        PullView("nomic-embed-text", PullState.DONE, "success", 274 * 2**20, 274 * 2**20, ended_at=NOW - 12),
+        PullView("qwen3:4b", PullState.CANCELLED, "pulling manifest", ended_at=NOW - 9000),
+    )  # fmt: skip
 
 
 def scene(name: str) -> Snapshot:
@@ -160,10 +203,12 @@ def scene(name: str) -> Snapshot:
             return replace(base, models=(*resting, busy_models()[5]), requests=busy_requests()[6:], log_sources=sources)
         case "cpu":
             host = replace(HOST, cpu=0.61, cores=2, memory_total_bytes=8 * GIB, memory_used_bytes=3 * GIB,
-                           gpu_note="no NVIDIA driver was found")  # fmt: skip
+                           use=use(8, 0, 3, 1), gpu_note="no NVIDIA driver was found")  # fmt: skip
             return replace(base, models=(model("smollm2-135m"),), gpus=(), host=host)
         case "empty":
             return replace(base, gpus=(), host=replace(HOST, gpu_note="no NVIDIA driver was found"))
+        case "pulls":
+            return replace(scene("busy"), pulls=pulls())
         case "trouble":
             taken = replace(PROXIES[0], running=False, problem="127.0.0.1:11434 is taken by ollama (pid 812)",
                             hint="stop it, or set another port")  # fmt: skip
@@ -223,7 +268,8 @@ class FakeBackend:
             await self.gate.wait()
         if self.answer is not None:
             return self.answer
-        self.change(model, state=RunnerState.READY, slots=4, context=8192, idle_left_s=math.inf, problem="", hint="")
+        self.change(model, state=RunnerState.READY, slots=4, context=8192, idle_left_s=math.inf, problem="", hint="",
+                    failures=0, retry_s=0.0, left_alone=False)  # fmt: skip
         return Outcome(True, "loaded")
 
     async def unload(self, model: str, *, force: bool = False) -> Outcome:

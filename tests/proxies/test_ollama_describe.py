@@ -50,6 +50,13 @@ def test_sizes(runner: dict[str, Any], memory: tuple[int, int], size: int, vram:
     assert (found["size"], found["size_vram"]) == (size, vram)
 
 
+def test_replicas_are_counted_together() -> None:
+    first, second, third = residence(is_whole_on_gpu=True), residence(pid=8), replace(residence(), runner=None)
+    whole = replace(first, replicas=(first, second, third))
+    (found,) = running([(MODEL, whole)], {7: (GIB, 4 * GIB), 8: (2 * GIB, GIB)}, NOW)["models"]
+    assert (found["size"], found["size_vram"]) == (7 * GIB, 5 * GIB)
+
+
 @pytest.mark.parametrize(
     ("idle_left_s", "left_s"), [(30.0, 30), (None, 300), (math.inf, timedelta(days=292 * 365).total_seconds())]
 )

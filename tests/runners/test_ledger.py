@@ -145,3 +145,22 @@ async def test_what_a_silent_driver_shows_of_ours_does_not_count_as_others(tmp_p
     await book.measure(place)
     runner.pid = None  # it has ended
     assert book.devices()[1].used_by_others_bytes == 5 * GIB
+
+
+async def test_what_lies_where_is_told_by_device(tmp_path: Path) -> None:
+    machine = Machine((Device(RAM, "RAM", 64 * GIB), Device("gpu0", "GPU 0", 8 * GIB)))
+    book, place = Ledger(machine, Footprints(tmp_path / "footprints.json")), a_place()
+    assert book.shares(place) == ()
+    await book.estimate(place, Knowing())
+    place.need = book.first_need(place)
+    place.placement = Placement({"gpu0": 3 * GIB, RAM: 2 * GIB}, 3, devices=("gpu0",))
+    gpu, ram = book.shares(place)
+    assert (gpu.device, gpu.layers, gpu.measured) == ("gpu0", 3, None)
+    assert (ram.device, ram.layers, ram.measured) == (RAM, 2, None)
+    assert gpu.estimated is not None
+    assert 2 * GIB < gpu.estimated < 4 * GIB
+    machine.sizes = {"gpu0": 3 * GIB}
+    place.runner = cast(Runner, SimpleNamespace(pid=1, state=RunnerState.READY))
+    assert [(share.device, share.measured) for share in book.shares(place)] == [("gpu0", 3 * GIB), (RAM, None)]
+    place.placement = Placement({RAM: 5 * GIB})
+    assert [(share.device, share.layers) for share in book.shares(place)] == [("gpu0", None), (RAM, 5)]

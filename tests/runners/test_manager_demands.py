@@ -25,6 +25,9 @@ async def test_a_larger_context_loads_again_and_is_kept(make_stage: Any) -> None
     await use(stage, model, demand=Demand(context=12000))
     await use(stage, model)
     assert contexts(stage, "a") == [8192, 16384]
+    assert stage.at("a").demanded == "context 16384"
+    await stage.manager.unload(model)
+    await soon(lambda: stage.at("a").demanded == "")
     assert "loaded again for a request: context 16384" in stage.reasons("a")
 
 

@@ -43,6 +43,7 @@ async def test_a_second_replica_is_loaded_when_the_first_is_full(make_stage: Any
     assert names(stage) == ["m", "m#2"]
     residence = stage.at("m")
     assert [(each.name, each.in_flight) for each in residence.replicas] == [("m", 2), ("m#2", 2)]
+    assert (residence.in_flight, residence.slots, residence.idle_left_s) == (4, 4, None)
     hold.set()
     assert len(set(await asyncio.gather(*holders))) == 2
     await stage.manager.unload(model)

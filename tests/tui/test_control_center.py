@@ -549,3 +549,101 @@ async def test_a_state_that_failed_is_shown_with_its_hint(run_app: RunApp) -> No
         assert "✗ failed" in text
         assert "qwen3-14b: exit code 1" in text
         assert "→ see its log" in text
+
+
+async def test_replicas_are_marked_and_each_is_told_of(run_app: RunApp) -> None:
+    async with run_app(FakeBackend.of("busy"), size=(80, 24)) as (app, pilot):
+        row = next(line for line in app.main.models.shown_text.splitlines() if "llama-3.2-3b" in line)
+        assert "llama-3.2-3b-instruct ×2/3" in row
+        assert "6.6G" in row
+        assert "1/8" in row
+        await pilot.press("j", "enter")
+        text = " ".join(shown(app).split())
+        for part in (
+            "● busy #1 on default: pid 41901, port 40377, 1 of 4 slots, 3.1G on GPU, 205M in RAM", "● ready #2 on",
+            "sits out for 26s", "✗ failed #3 on attic: http://192.168.1.9:8080", "cannot reach http://192.168.1.9:8080",
+            "5m00s; requests may ask no less than 1m00s and no more than 1h00m", "for 3.0s yet",
+        ):  # fmt: skip
+            assert part in text, part
+
+
+async def test_a_long_name_does_not_push_its_marks_out(run_app: RunApp) -> None:
+    backend = FakeBackend.of("busy")
+    long = model("a-name-that-is-far-too-long-for-its-column-at-this-size", replica_count=2, pinned=True)
+    backend.current = replace(backend.current, models=(long,))
+    async with run_app(backend, size=(80, 24)) as (app, _):
+        assert "… ×2 •" in app.main.models.shown_text
+
+
+async def test_the_detail_says_why_a_model_is_where_it_is(run_app: RunApp) -> None:
+    async with run_app(FakeBackend.of("busy")) as (app, pilot):
+        await pilot.press("enter")
+        text = shown(app)
+        for part in (
+            "context 32768: as a request asked, not as configured", "yes, by its tag 'chat'", "+2", "chat, large",
+            "GPU 0: 38 layers, 11.3G (estimated 11.0G, -3%)", "RAM: 3 layers", "in all, -3%",
+        ):  # fmt: skip
+            assert part in text, part
+
+
+async def test_a_model_left_alone_says_for_how_long_and_what_ends_it(run_app: RunApp) -> None:
+    backend = FakeBackend.of("busy")
+    async with run_app(backend, size=(80, 24)) as (app, pilot):
+        app.open_model("mistral-small-24b")
+        await pilot.pause()
+        assert "left alone for 4m00s after 6 failures: press L to try now" in shown(app)
+        backend.change("mistral-small-24b", left_alone=False, failures=2, retry_s=1.4)
+        app.pull()
+        assert "in 1.0s at the soonest, after 2 failures" in shown(app)
+        backend.change("mistral-small-24b", retry_s=0.0)
+        app.pull()
+        assert "with the next request, or press L" in shown(app)
+        await pilot.press("L")
+        await until(pilot, lambda: isinstance(app.screen, Choice), "the question, for others answer")
+        await pilot.press("y")
+        await until(pilot, lambda: backend.commands == [("load", "mistral-small-24b")], "the command")
+        await until(pilot, lambda: "next try" not in shown(app), "its new state")
+
+
+async def test_whoever_asks_is_shown_by_name_with_its_priority(run_app: RunApp) -> None:
+    async with run_app(FakeBackend.of("busy"), size=(200, 60)) as (app, pilot):
+        await pilot.press("3", "z")
+        text = app.main.requests.shown_text
+        assert "ada +5 192.168.1.44:50233" in text
+        assert "✓ 200 !" in text
+        await pilot.press("slash", *"batch", "enter")
+        assert [row.key for row in app.main.requests.rows] == ["994"]
+        await pilot.press("enter")
+        text = shown(app)
+        for part in ("batch 192.168.1.50:41022", "number 2, about 11s yet", "loading gemma-3-27b-it", "-5"):
+            assert part in text, part
+    async with run_app(FakeBackend.of("busy"), size=(80, 24)) as (app, _):
+        text = app.main.requests.shown_text
+        assert "ada +5" in text
+        assert "192.168.1.44:50233" not in text, "the name has the room"
+
+
+async def test_what_a_request_was_not_given_is_told(run_app: RunApp) -> None:
+    backend = FakeBackend.of("busy")
+    first = replace(
+        backend.current.requests[7], ignored="num_cxt", stripped="tools", truncated="the oldest 4 of 9 messages"
+    )
+    backend.current = replace(backend.current, requests=(first,))
+    async with run_app(backend) as (app, pilot):
+        await pilot.press("3", "enter")
+        text = shown(app)
+        for part in (
+            "tools: the engine cannot",
+            "the oldest 4 of 9 messages: the prompt was",
+            "unknown options: num_cxt",
+        ):
+            assert part in text, part
+
+
+async def test_who_holds_a_devices_memory(run_app: RunApp) -> None:
+    async with run_app(FakeBackend.of("busy")) as (app, _):
+        text = app.main.hardware.shown_text
+        assert "ours 17.4G others 819M reserve 512M" in text
+        assert "▆░" in text
+    async with run_app(FakeBackend.of("busy"), size=(200, 60)) as (app, _):
+        assert "ours 3.1G others 6.3G reserve 512M free 14.1G" in app.main.hardware.shown_text

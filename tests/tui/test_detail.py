@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from fake_backend import scene
 
-from tui.screens.detail import model_facts
+from llamarunner.control.snapshot import ShareView
+from tests.fakes.fake_backend import scene
+from tui.screens.facts import model_facts
 
 GIB = 1024**3
 
 
 @pytest.mark.parametrize(
-    ("change", "gpus", "shown"),
+    ("gpu", "ram", "shown"),
     [
-        ({"gpu_bytes": 8 * GIB, "memory_bytes": 2 * GIB}, True, "11.0G, +10% of what was measured"),
-        ({"gpu_bytes": None, "memory_bytes": 10 * GIB}, False, "11.0G, +10% of what was measured"),
-        ({"gpu_bytes": None, "memory_bytes": 2 * GIB}, True, "11.0G"),  # the driver does not say
-        ({"gpu_bytes": None, "memory_bytes": None}, True, "11.0G"),
-        ({"state": "loading", "gpu_bytes": GIB, "memory_bytes": GIB}, True, "11.0G"),  # it has not all yet
-        ({"estimated_bytes": None}, True, None),
+        ((10 * GIB, 8 * GIB), (GIB, 2 * GIB), ["8.0G (estimated 10.0G, +25%)", "2.0G (estimated 1.0G, -50%)", "+10%"]),
+        ((10 * GIB, None), (GIB, 2 * GIB), ["GPU 0: estimated 10.0G", "2.0G (estimated 1.0G, -50%)", "11.0G in all"]),
+        ((10 * GIB, None), (GIB, None), ["GPU 0: estimated 10.0G", "RAM: estimated 1.0G", "11.0G in all"]),
+        ((None, 8 * GIB), (None, GIB), ["GPU 0: 8.0G", "RAM: 1.0G"]),
     ],
+    ids=["measured", "the driver does not say", "nothing is measured yet", "nothing was estimated"],
 )
-def test_the_estimate_is_shown_with_its_error(change: dict[str, Any], gpus: bool, shown: str | None) -> None:
+def test_estimates_are_shown_with_their_error(
+    gpu: tuple[int | None, int | None], ram: tuple[int | None, int | None], shown: list[str]
+) -> None:
     snapshot = scene("busy")
-    ready = next(model for model in snapshot.models if model.state == "ready")
-    if "state" in change:
-        change = {**change, "state": type(ready.state)(change["state"])}
-    model = replace(ready, **{"estimated_bytes": 11 * GIB, **change})
-    facts = model_facts(model.name)(replace(snapshot, models=(model,), gpus=snapshot.gpus if gpus else ()))
+    model = replace(snapshot.models[0], shares=(ShareView("gpu0", None, *gpu), ShareView("ram", None, *ram)))
+    facts = model_facts(model.name)(replace(snapshot, models=(model,)))
     assert facts is not None
-    assert {label: text for label, text, _ in facts}.get("estimated") == shown
+    labels = [label for label, _, _ in facts]
+    told = [text for _, text, _ in facts][labels.index("lies on") :][: len(shown)]
+    assert all(text.endswith(part) for text, part in zip(told, shown, strict=True)), told

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tui.graphs import bar, history
+from tui.graphs import bar, history, shares
 
 
 @given(st.floats(allow_nan=False), st.integers(1, 60))
@@ -31,3 +31,12 @@ def test_histories_fill_from_the_right() -> None:
     assert history([1.0], 2) == ["⠀⢸"]
     assert history([0.0, 0.01, 0.5, 1.0], 2) == ["⢀⣼"]
     assert history([1.0, 0.5], 1, 2) == ["⡇", "⣿"]
+
+
+@given(fractions=st.lists(st.floats(-1, 2), min_size=2, max_size=2), width=st.integers(0, 60))
+def test_parts_of_a_bar_fill_its_width_and_no_more(fractions: list[float], width: int) -> None:
+    parts = shares(fractions, width)
+    assert len("".join(parts)) == width
+    assert len(parts) == 3
+    assert set(parts[0]) <= {"▆"}
+    assert set(parts[1]) <= {"░"}

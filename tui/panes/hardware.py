@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len
 
-from llamarunner.control.snapshot import GpuView, HostView, Snapshot
+from llamarunner.control.snapshot import GpuView, HostView, Snapshot, UseView
 from tui import words
-from tui.graphs import bar, history
+from tui.graphs import bar, history, shares
 from tui.lines import Line, Span
 from tui.panes.pane import Pane
 from tui.text import fit, plain
@@ -65,14 +65,16 @@ class HardwarePane(Pane):
         if not gpus:
             return self._host_block(host, width, height)
         each = (height - 3) // len(gpus)  # below them, an empty line, the processor and the memory
+        gap = each == 3 or each > 4
         lines: list[Line] = []
         for gpu in gpus:
-            lines += [self._gpu_row(gpu, width)] if each < 2 else self._gpu_block(gpu, width, each - 1)
-            if each > 2:
+            lines += [self._gpu_row(gpu, width)] if each < 2 else self._gpu_block(gpu, width, each - gap)
+            if gap:
                 lines.append(Line())
-        if each <= 2 and len(lines) < height - 2:
+        if not gap and len(lines) < height - 2:
             lines.append(Line())
-        return [*lines[: max(0, height - 2)], *self._host_rows(host, width)]
+        lines = [*lines[: max(0, height - 2)], *self._host_rows(host, width)]
+        return [*lines, *_use_lines(host.use, width)] if len(lines) < height else lines
 
     def _gpu_row(self, gpu: GpuView, width: int) -> Line:
         name = _short_name(gpu.name)
@@ -82,9 +84,8 @@ class HardwarePane(Pane):
         memory = f"{_figure(gpu.used_bytes)}/{words.size(gpu.total_bytes)}"
         tail = f" {memory:>11} "
         used = 1 + cell_len(label) + 1 + cell_len(tail) + sum(cell_len(text) for text, _ in figures) + graph + 2
-        filled, empty = bar(_share(gpu.used_bytes, gpu.total_bytes), max(4, width - used))
-        spans: list[Span] = [(" ", ""), (label, "strong"), (" ", ""), (filled, _bar_style(gpu)), (empty, "rule")]
-        spans += [(tail, ""), *figures]
+        meter = _meter(gpu.use, gpu.used_bytes, gpu.total_bytes, max(4, width - used), stale=gpu.stale)
+        spans: list[Span] = [(" ", ""), (label, "strong"), (" ", ""), *meter, (tail, ""), *figures]
         if graph:
             spans += [(" ", ""), (history(list(self._history[f"gpu{gpu.index}"]), graph)[0], "good")]
         return Line(tuple(spans))
@@ -102,16 +103,19 @@ class HardwarePane(Pane):
         ]
 
     def _gpu_block(self, gpu: GpuView, width: int, rows: int) -> list[Line]:
-        """Name and figures, bar, and what is left of `rows` for the history."""
+        """Name and figures, bar, what holds the memory, and what is left of `rows` for the history."""
         figures = self._gpu_figures(gpu)
         room = max(4, width - sum(cell_len(text) for text, _ in figures) - 3)
         name = plain(gpu.name) if cell_len(gpu.name) + 3 <= room else _short_name(gpu.name)
         memory = f" {_figure(gpu.used_bytes)}/{words.size(gpu.total_bytes)}"
-        filled, empty = bar(_share(gpu.used_bytes, gpu.total_bytes), max(4, width - 2 - len(memory)))
-        graph = history(list(self._history[f"gpu{gpu.index}"]), max(4, width - 2), max(0, min(_TALLEST, rows - 2)))
+        meter = _meter(gpu.use, gpu.used_bytes, gpu.total_bytes, max(4, width - 2 - len(memory)), stale=gpu.stale)
+        use = _use_lines(gpu.use, width) if rows > 2 else []
+        depth = max(0, min(_TALLEST, rows - 2 - len(use)))
+        graph = history(list(self._history[f"gpu{gpu.index}"]), max(4, width - 2), depth)
         return [
             Line.of((" ", ""), (fit(f"{gpu.index} {name}", room), "strong"), (" ", ""), *figures),
-            Line.of((" ", ""), (filled, _bar_style(gpu)), (empty, "rule"), (memory, "")),
+            Line.of((" ", ""), *meter, (memory, "")),
+            *use,
             *(Line.of((" ", ""), (row, "good")) for row in graph),
         ]
 
@@ -122,15 +126,21 @@ class HardwarePane(Pane):
         sizes = f"{_figure(host.memory_used_bytes)}/{words.size(host.memory_total_bytes)}"
         return [
             self._host_row("CPU", host.cpu or 0.0, words.percent(host.cpu), note, width),
-            self._host_row("RAM", memory, words.percent(memory), sizes, width),
+            self._host_row("RAM", memory, words.percent(memory), sizes, width, host),
         ]
 
-    def _host_row(self, label: str, share: float, figure: str, note: str, width: int) -> Line:
+    def _host_row(
+        self, label: str, share: float, figure: str, note: str, width: int, host: HostView | None = None
+    ) -> Line:
+        """With `host`, of its memory."""
         graph = 12 if width >= 100 else 8 if width >= 76 else 0
         note_width = min(17, max(11, width // 4))
         room = max(4, width - 2 - 4 - 5 - 2 - note_width - (graph + 1 if graph else 0))
         filled, empty = bar(share, room)
-        spans: list[Span] = [(" ", ""), (label, "title"), (" ", ""), (filled, _share_style(share)), (empty, "rule")]
+        meter: list[Span] = [(filled, _share_style(share)), (empty, "rule")]
+        if host is not None:
+            meter = _meter(host.use, host.memory_used_bytes, host.memory_total_bytes, room)
+        spans: list[Span] = [(" ", ""), (label, "title"), (" ", ""), *meter]
         spans += [(f" {figure:>4} ", "strong"), (fit(note, note_width, "right"), "")]
         if graph:
             spans += [(" ", ""), (history(list(self._history[label.lower()]), graph)[0], "good")]
@@ -142,7 +152,8 @@ class HardwarePane(Pane):
         lines: list[Line] = []
         for line, name in zip(self._host_rows(host, min(width, 75)), ("cpu", "ram"), strict=True):
             graph = history(list(self._history[name]), max(4, width - 2), depth)
-            lines += [line, *(Line.of((" ", ""), (row, "good")) for row in graph), Line()]
+            use = _use_lines(host.use, width) if name == "ram" and height > 6 else []
+            lines += [line, *use, *(Line.of((" ", ""), (row, "good")) for row in graph), Line()]
         if host.gpu_note:
             lines.append(Line.of((fit(f" {plain(host.gpu_note)}", width - 1), "muted")))
         return lines
@@ -156,8 +167,28 @@ def _share_style(share: float) -> str:
     return "warn" if share >= _FULL else "primary"
 
 
-def _bar_style(gpu: GpuView) -> str:
-    return "muted" if gpu.stale else _share_style(_share(gpu.used_bytes, gpu.total_bytes))
+def _meter(use: UseView | None, used: int, total: int, width: int, *, stale: bool = False) -> list[Span]:
+    """A bar of what our models hold and what others do, or of both where they are not known apart."""
+    style = "muted" if stale else _share_style(_share(used, total))
+    if use is None:
+        filled, empty = bar(_share(used, total), width)
+        return [(filled, style), (empty, "rule")]
+    ours, others, free = shares((_share(use.ours_bytes, total), _share(use.others_bytes, total)), width)
+    return [(ours, style), (others, "muted"), (free, "rule")]
+
+
+def _use_lines(use: UseView | None, width: int) -> list[Line]:
+    """What the memory is used for, as far as there is room."""
+    if use is None:
+        return []
+    parts = (("ours", use.ours_bytes), ("others", use.others_bytes), ("reserve", use.reserve_bytes),
+             ("free", use.free_bytes))  # fmt: skip
+    spans: list[Span] = []
+    for name, size in parts:
+        more: list[Span] = [(f" {name} ", "muted"), (words.size(size), "")]
+        if sum(cell_len(text) for text, _ in (*spans, *more)) < width:
+            spans += more
+    return [Line(tuple(spans))]
 
 
 def _figure(size_bytes: int) -> str:

@@ -95,7 +95,7 @@ def model_row(model: ModelView) -> Row:
     kind = " ".join(part for part in (model.parameter_size, model.quantization) if part)
     name = plain(model.name)
     cells = {
-        "name": Cell(name + (" •" if model.pinned else ""), "" if asleep else "strong", name.casefold()),
+        "name": Cell(name, "" if asleep else "strong", name.casefold(), tail=_marks(model)),
         "state": Cell(state, style, list(RunnerState).index(model.state), short),
         "memory": Cell(words.size(memory), order=memory),
         "context": Cell(words.tokens(model.context), order=model.context),
@@ -109,8 +109,17 @@ def model_row(model: ModelView) -> Row:
         "source": Cell(plain(model.source), "muted", model.source),
         "file": Cell(words.size(model.file_bytes or None), order=model.file_bytes or None),
     }
-    search = " ".join((name, *model.aliases, str(model.state), state, model.engine, kind, model.source)).casefold()
+    words_of = (name, *model.aliases, *model.tags, str(model.state), state, model.engine, kind, model.source)
+    search = " ".join(words_of).casefold()
     return Row(model.name, cells, search, faded=asleep)
+
+
+def _marks(model: ModelView) -> str:
+    """ "×3" for three replicas, "×2/3" where two of them are ready, "•" where it is pinned."""
+    count = max(model.replica_count, len(model.replicas))
+    ready = sum(replica.state is RunnerState.READY for replica in model.replicas)
+    some = f"{ready}/" if 0 < ready < count else ""
+    return (f" ×{some}{count}" if count > 1 else "") + (" •" if model.pinned else "")
 
 
 def _finite(seconds: float | None) -> float | None:

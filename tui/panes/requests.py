@@ -18,8 +18,8 @@ class RequestsPane(TablePane):
     NUMBER, TITLE = 3, "Requests"
     COLUMNS = (
         Column("state", "STATUS", 11),
-        Column("client", "CLIENT", 15, priority=5, most=21),
-        Column("dialect", "DIALECT", 8, priority=3),
+        Column("client", "CLIENT", 15, priority=3, most=28),
+        Column("dialect", "DIALECT", 8, priority=5),
         Column("model", "MODEL", 20, most=34),
         Column("queue", "QUEUE", 5, "right", 6),
         Column("load", "LOAD", 5, "right", 4),
@@ -80,18 +80,18 @@ def request_row(request: RequestView) -> Row:
     live = words.is_live(request)
     counts = (request.prompt_tokens, request.output_tokens)
     tokens = words.NOTHING if counts == (None, None) else "→".join(map(words.tokens, counts))
-    if request.truncated:
-        tokens = f"…{tokens}"
     cells = {
-        "state": Cell(state, style, str(request.status or request.phase)),
-        "client": Cell(plain(request.client), order=request.client),
+        "state": Cell(
+            state, style, str(request.status or request.phase), tail=" !" if words.is_marked(request) else ""
+        ),
+        "client": _client(request),
         "dialect": Cell(plain(request.dialect), order=request.dialect),
         "model": Cell(plain(request.model), "strong" if live else "", request.model.casefold()),
         "queue": Cell(words.duration(request.queue_s or None), order=request.queue_s),
         "load": Cell(words.duration(request.load_s), order=request.load_s),
         "ttft": Cell(words.duration(request.ttft_s), order=request.ttft_s),
         "total": Cell(words.duration(request.total_s), order=request.total_s),
-        "tokens": Cell(tokens, "warn" if request.truncated else "", request.output_tokens),
+        "tokens": Cell(tokens, "", request.output_tokens),
         "rate": Cell(words.rate(request.output_tokens_per_s), order=request.output_tokens_per_s),
         "endpoint": Cell(plain(request.endpoint), order=request.endpoint),
         "at": Cell(words.clock(request.started_at), order=request.started_at),
@@ -99,6 +99,17 @@ def request_row(request: RequestView) -> Row:
         "agent": Cell(plain(request.user_agent), order=request.user_agent),
     }
     search = " ".join(
-        (state, request.phase, request.client, request.dialect, request.model, request.endpoint, request.user_agent)
-    ).casefold()
+        (state, request.phase, request.client_name, request.client, request.dialect, request.model, request.endpoint,
+         request.user_agent)
+    ).casefold()  # fmt: skip
     return Row(str(request.request_id), cells, search, faded=not live)
+
+
+def _client(request: RequestView) -> Cell:
+    """By name, with its priority where it has one; the address where there is room."""
+    address = plain(request.client)
+    priority = f" {request.priority:+}" if request.priority else ""
+    if not request.client_name:
+        return Cell(address + priority, order=address)
+    name = plain(request.client_name) + priority
+    return Cell(f"{name} {address}", order=f"{request.client_name} {address}", short=name)

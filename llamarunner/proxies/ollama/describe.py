@@ -9,6 +9,7 @@ from typing import Any
 from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.events import RunnerState
 from llamarunner.runners.place import Residence
+from llamarunner.runners.runner import Runner
 
 _FOREVER = timedelta(days=292 * 365)  # Ollama's "never": what its int64 of nanoseconds can hold
 _CAPABILITY_ORDER = tuple(Capability)
@@ -88,9 +89,8 @@ def _running(
     model: Model, residence: Residence, expires: datetime, memory_of: Mapping[int, tuple[int, int]]
 ) -> dict[str, Any]:
     runner = residence.runner
-    ram, vram = memory_of.get(runner.pid or 0, (0, 0)) if runner is not None else (0, 0)
-    if runner is not None and runner.is_whole_on_gpu and vram > ram:
-        ram = 0  # clients show "100% GPU" where both sizes are equal; what its driver holds in RAM is not the model
+    sizes = [_memory(each.runner, memory_of) for each in residence.replicas or (residence,)]
+    ram, vram = sum(ram for ram, _ in sizes), sum(vram for _, vram in sizes)
     return {
         "name": tagged(model.name),
         "model": tagged(model.name),
@@ -101,3 +101,12 @@ def _running(
         "size_vram": vram,
         "context_length": (runner.context if runner is not None else None) or model.context,
     }
+
+
+def _memory(runner: Runner | None, memory_of: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+    """Bytes of one process in RAM, and on GPUs."""
+    if runner is None or runner.pid is None:
+        return 0, 0
+    ram, vram = memory_of.get(runner.pid, (0, 0))
+    # clients show "100% GPU" where both sizes are equal; what its driver holds in RAM is not the model
+    return (0, vram) if runner.is_whole_on_gpu and vram > ram else (ram, vram)
