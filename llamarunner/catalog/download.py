@@ -249,24 +249,25 @@ class Download:
         asked = self._origin.blob(self.layer.digest, part.position, end)
         async with asyncio.timeout(stall) as patience, asked as response:
             self._check(response, part, end)
-            loop, buffer = asyncio.get_running_loop(), bytearray()
+            loop, waiting, size = asyncio.get_running_loop(), list[bytes](), 0
             written = loop.time()
             try:
-                while part.left > len(buffer):
+                while part.left > size:
                     block = await response.content.readany()
                     patience.reschedule(loop.time() + stall)
                     if not block:
                         raise aiohttp.ClientPayloadError("the connection ended too soon")
-                    buffer += block
-                    if len(buffer) >= self._pace.write_bytes or loop.time() - written >= self._pace.write_s:
-                        data, buffer = bytes(buffer[: part.left]), bytearray()
+                    waiting.append(block[: part.left - size])
+                    size += len(waiting[-1])
+                    if size >= self._pace.write_bytes or loop.time() - written >= self._pace.write_s:
+                        blocks, waiting, size = waiting, [], 0
                         patience.reschedule(None)  # a slow disk is no stall
-                        await self._put(part, data)
+                        await self._put(part, blocks)
                         written = loop.time()
                         patience.reschedule(written + stall)
             finally:
-                if buffer:
-                    await self._put(part, bytes(buffer[: part.left]))
+                if waiting:
+                    await self._put(part, waiting)
 
     def _check(self, response: aiohttp.ClientResponse, part: _Part, end: int) -> None:
         if response.status == 200:
@@ -282,9 +283,9 @@ class Download:
         if given != f"{part.position}-{end - 1}":
             raise _MismatchError(f"bytes {given} came in place of {part.position}-{end - 1}")
 
-    async def _put(self, part: _Part, data: bytes) -> None:
+    async def _put(self, part: _Part, blocks: list[bytes]) -> None:
         """Write behind what the part has. A thread cannot be stopped: where we are cancelled, it is waited for."""
-        writing = asyncio.ensure_future(asyncio.to_thread(self._write, part, data))
+        writing = asyncio.ensure_future(asyncio.to_thread(self._write, part, blocks))
         self._writes.add(writing)
         writing.add_done_callback(self._writes.discard)
         try:
@@ -293,7 +294,8 @@ class Download:
             await asyncio.wait([writing])
             raise
 
-    def _write(self, part: _Part, data: bytes) -> None:
+    def _write(self, part: _Part, blocks: list[bytes]) -> None:
+        data = b"".join(blocks)
         view, position = memoryview(data), part.position
         while view:
             written = os.pwrite(self._file, view, position)
