@@ -202,14 +202,17 @@ JSON = st.recursive(
 FIELDS = [
     "model", "messages", "prompt", "stream", "options", "keep_alive", "format", "think", "tools", "images", "system",
     "raw", "suffix", "template", "context", "logprobs", "top_logprobs", "input", "ttl", "name", "Model", "truncate",
-    "max_tokens", "reasoning", "reasoning_effort", "dimensions", "encoding_format",
+    "max_tokens", "reasoning", "reasoning_effort", "dimensions", "encoding_format", "_debug_render_only", "shift",
+    "width", "verbose",
 ]  # fmt: skip
 MESSAGE = st.dictionaries(
     st.sampled_from(["role", "content", "images", "tool_calls", "thinking", "tool_name", "tool_call_id"]), JSON
 )
+OPTION = st.sampled_from(["temperature", "seed", "num_ctx", "num_gpu", "num_thread", "use_mmap", "stop", "mirostat"])
 BODY = st.fixed_dictionaries(
     {"model": st.just("smol") | JSON},
-    optional={name: JSON for name in FIELDS if name != "model"} | {"messages": st.lists(MESSAGE | JSON, max_size=3)},
+    optional={name: JSON for name in FIELDS if name != "model"}
+    | {"messages": st.lists(MESSAGE | JSON, max_size=3), "options": st.dictionaries(OPTION, JSON) | JSON},
 )
 
 
