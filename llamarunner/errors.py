@@ -96,15 +96,16 @@ class OverloadedError(LlamaRunnerError):
 
 class EngineRefusalError(LlamaRunnerError):
     """`kind` is the engine's own word for it ("exceed_context_size_error"); `context` how many tokens it has for
-    a prompt and its answer, where that is the matter."""
+    a prompt and its answer, and `prompt_tokens` how many the prompt has, where that is the matter."""
 
     code = "engine_refusal"
 
-    def __init__(self, status: int, message: str, *, kind: str = "", context: int = 0) -> None:
+    def __init__(self, status: int, message: str, *, kind: str = "", context: int = 0, prompt_tokens: int = 0) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.context = context
+        self.prompt_tokens = prompt_tokens
 
 
 class EngineError(LlamaRunnerError):

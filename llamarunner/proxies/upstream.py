@@ -70,8 +70,10 @@ def refusal(status: int, body: bytes) -> EngineRefusalError:
     try:
         error = orjson.loads(body)["error"]
         message, kind = str(error["message"]), str(error.get("type", ""))
-        context = error.get("n_ctx")
-        return EngineRefusalError(status, message, kind=kind, context=context if isinstance(context, int) else 0)
+        context, tokens = (
+            each if isinstance(each := error.get(name), int) else 0 for name in ("n_ctx", "n_prompt_tokens")
+        )
+        return EngineRefusalError(status, message, kind=kind, context=context, prompt_tokens=tokens)
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         text = body.decode("utf-8", "replace").strip()
         return EngineRefusalError(status, text or f"the engine answered with status {status}")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamarunner.proxies.ollama.truncate import cuts, least_cut, without_end, without_middle, without_oldest
+from llamarunner.proxies.ollama.truncate import cuts, least, likely_cut, without_end, without_middle, without_oldest
 
 ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
 TOKENS = st.lists(st.integers(0, 99), max_size=60)
@@ -39,19 +39,40 @@ def test_system_messages_and_the_newest_always_stay(roles: list[str], data: st.D
         assert kept_others == others[len(others) - len(kept_others) :], "the newest of them"
 
 
-@given(st.lists(ROLES, min_size=1, max_size=40), st.integers(0, 50))
-async def test_no_more_is_left_out_than_needed(roles: list[str], room: int) -> None:
+@given(st.lists(ROLES, min_size=1, max_size=40), st.integers(0, 50), st.integers(0, 50))
+async def test_no_more_is_left_out_than_needed(roles: list[str], room: int, likely: int) -> None:
     messages, asked = turns(*roles), 0
 
-    async def fits(count: int) -> bool:
+    possible = cuts(messages)
+
+    async def fits(index: int) -> bool:
         nonlocal asked
         asked += 1
-        return len(without_oldest(messages, count)) < room
+        return len(without_oldest(messages, possible[index])) < room
 
-    found = await least_cut(cuts(messages), fits)
-    fitting = [count for count in cuts(messages) if len(without_oldest(messages, count)) < room]
+    found = await least(len(possible), fits, likely % max(len(possible), 1))
+    fitting = [n for n, count in enumerate(possible) if len(without_oldest(messages, count)) < room]
     assert found == (fitting[0] if fitting else None)
-    assert asked <= 6, "few questions: each costs two to the engine"
+    assert asked <= 11, "few questions: each costs two to the engine"
+
+
+@given(st.lists(st.integers(0, 400), min_size=2, max_size=60), st.integers(50, 2000))
+async def test_a_good_guess_saves_questions(lengths: list[int], room: int) -> None:
+    messages, asked = [{"role": "user", "content": "x" * length} for length in lengths], 0
+
+    def tokens(count: int) -> int:
+        return sum(len(m["content"]) // 4 + 5 for m in without_oldest(messages, count))
+
+    possible = cuts(messages)
+
+    async def fits(index: int) -> bool:
+        nonlocal asked
+        asked += 1
+        return tokens(possible[index]) < room
+
+    found = await least(len(possible), fits, likely_cut(messages, possible, tokens(0), room))
+    assert found == next((n for n, count in enumerate(possible) if tokens(count) < room), None)
+    assert asked <= 4
 
 
 @given(TOKENS, st.integers(-2, 70), st.integers(3, 50))

@@ -16,7 +16,14 @@ from llamarunner.errors import EngineRefusalError
 from llamarunner.proxies.ollama.asking import Question
 from llamarunner.proxies.ollama.chat import template_question
 from llamarunner.proxies.ollama.messages import Message, text_only
-from llamarunner.proxies.ollama.truncate import IMAGE_TOKENS, cuts, least_cut, without_middle, without_oldest
+from llamarunner.proxies.ollama.truncate import (
+    IMAGE_TOKENS,
+    cuts,
+    least,
+    likely_cut,
+    without_middle,
+    without_oldest,
+)
 from llamarunner.proxies.relay import Relay
 from llamarunner.runners.manager import Lease
 
@@ -42,7 +49,7 @@ class Shortening:
         if "messages" not in self._asked:
             changes = await self._shorter_text(lease, room)
         elif self._is_chat:
-            changes = await self._fewer_messages(lease, room)
+            changes = await self._fewer_messages(lease, room, refusal)
         else:
             changes = await self._shorter_prompt(lease, room)
         if changes is None:
@@ -50,17 +57,26 @@ class Shortening:
         logger.info("%s: the prompt was longer than its context: left out %s", self._model.name, self._trace.truncated)
         return orjson.dumps({**self._asked, **changes})
 
-    async def _fewer_messages(self, lease: Lease, room: int) -> dict[str, Any] | None:
+    async def _fewer_messages(self, lease: Lease, room: int, refusal: EngineRefusalError) -> dict[str, Any] | None:
         """A conversation without its oldest turns."""
         messages: list[Message] = self._asked["messages"]
 
-        async def fits(count: int) -> bool:
-            return await self._count(lease, without_oldest(messages, count)) < room
+        possible = cuts(messages)
+        kept: list[Message] = []
 
-        count = await least_cut(cuts(messages), fits)
-        if count is None:
+        async def fits(index: int) -> bool:
+            """Of a cut that the template refuses, the next one that it takes decides."""
+            nonlocal kept
+            for count in possible[index:]:
+                rest = without_oldest(messages, count)
+                if (tokens := await self._count(lease, rest)) is not None:
+                    kept = rest if tokens < room else kept
+                    return tokens < room
+            return False
+
+        likely = likely_cut(messages, possible, refusal.prompt_tokens, room)
+        if await least(len(possible), fits, likely) is None:
             return None
-        kept = without_oldest(messages, count)
         self._trace.truncated = f"the oldest {len(messages) - len(kept)} of {len(messages)} messages"
         return {"messages": kept}
 
@@ -70,7 +86,7 @@ class Shortening:
         (plain,), _ = text_only([turn])
         around = await self._count(lease, [*before, _with_text(turn, "")])
         tokens = await self._tokens(lease, plain["content"], special=False)
-        if around + 2 >= room:
+        if around is None or around + 2 >= room:
             return None
         kept = without_middle(tokens, self._asked["n_keep"], room - around)
         text = await self._relay.call(lease, "/detokenize", {"tokens": kept})
@@ -91,13 +107,13 @@ class Shortening:
     def _say_cut(self, there: int, kept: int) -> None:
         self._trace.truncated = f"{there - kept} of {there} tokens in the middle of the prompt"
 
-    async def _count(self, lease: Lease, messages: list[Message]) -> int:
-        """Tokens of the prompt that these messages make; more than any context where the template refuses them."""
+    async def _count(self, lease: Lease, messages: list[Message]) -> int | None:
+        """Tokens of the prompt that these messages make; None where the template refuses them."""
         plain, files = text_only(messages)
         try:
             rendered = await self._relay.call(lease, "/apply-template", template_question(self._asked, plain))
         except EngineRefusalError:
-            return 2**31
+            return None
         return len(await self._tokens(lease, rendered["prompt"], special=True)) + files * IMAGE_TOKENS
 
     async def _tokens(self, lease: Lease, text: str, *, special: bool) -> list[int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+_AROUND_CHARACTERS = 20  # what a template puts around a message, roughly
 IMAGE_TOKENS = 768
 """What a picture is taken to be: only the engine's projector could say exactly."""
 
@@ -22,16 +23,36 @@ def without_oldest(messages: Sequence[dict[str, Any]], count: int) -> list[dict[
     return [m for index, m in enumerate(messages) if index >= count or m.get("role") == "system"]
 
 
-async def least_cut(cuts: Sequence[int], fits: Callable[[int], Awaitable[bool]]) -> int | None:
-    """The smallest of `cuts` (ascending) with which the prompt fits, found in few questions; None where none does."""
-    low, high = 0, len(cuts)
+def likely_cut(messages: Sequence[Mapping[str, Any]], cuts: Sequence[int], tokens: int, room: int) -> int:
+    """Which of `cuts` probably makes `tokens` fit into `room`, by the length of the messages: its index."""
+    sizes = [len(str(message.get("content") or "")) + _AROUND_CHARACTERS for message in messages]
+    share = room / max(tokens, 1) * sum(sizes)
+    kept = sum(sizes)
+    left_out = 0
+    for index, count in enumerate(cuts):
+        kept -= sum(sizes[at] for at in range(left_out, count) if messages[at].get("role") != "system")
+        left_out = count
+        if kept < share:
+            return index
+    return max(len(cuts) - 1, 0)
+
+
+async def least(size: int, fits: Callable[[int], Awaitable[bool]], likely: int = 0) -> int | None:
+    """The smallest index below `size` for which `fits`, as it does for all above it; None where there is none. Each
+    question costs, so the search begins at `likely` and widens from there."""
+    low, high = 0, size  # what is below `low` does not fit, what is from `high` on does
+    at, step = likely, 1
     while low < high:
-        middle = (low + high) // 2
-        if await fits(cuts[middle]):
-            high = middle
+        if await fits(at):
+            high = at
+            at = max(low, high - step)
         else:
-            low = middle + 1
-    return cuts[low] if low < len(cuts) else None
+            low = at + 1
+            at = min(high - 1, low + step - 1)
+        step *= 2
+        if low > 0 and high < size:
+            at = (low + high) // 2
+    return low if low < size else None
 
 
 def without_middle(tokens: Sequence[int], keep: int, room: int) -> list[int]:
