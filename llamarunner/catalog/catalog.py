@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ class Model:
     adapters: tuple[Path, ...] = ()  # LoRA files
     chat_template: str = ""  # llama.cpp's name for it, where the file brings none but its manifest one in Go
     manifest_digest: str = ""  # 64 hex digits: of the Ollama manifest it comes from
+    runs_as: str = ""  # the model whose runner serves it too, where they differ but in what requests say
+
+    @property
+    def runner_name(self) -> str:
+        return self.runs_as or self.name
+
+    def is_launched_like(self, other: Model) -> bool:
+        """Whether an engine started for the one serves the other."""
+        launch = attrgetter("path", "mmproj", "adapters", "chat_template", "settings", "is_remote")
+        return launch(self) == launch(other)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -148,14 +159,23 @@ class Catalog:
     def __init__(self, models: Iterable[Model] = ()) -> None:
         self._models: dict[str, Model] = {}
         self._names: dict[str, Model] = {}
+        self._by_path: dict[Path, list[Model]] = {}  # of each file, those that are started differently
         for model in models:
             if name_key(model.name) in self._names:
                 continue
-            self._models[model.name] = model
-            self._names[name_key(model.name)] = model
+            self._add(model)
         for model in self._models.values():
             for alias in model.aliases:
                 self._names.setdefault(name_key(alias), model)
+
+    def _add(self, model: Model) -> None:
+        alike = next((m for m in self._by_path.get(model.path, ()) if m.is_launched_like(model)), None)
+        if alike is not None:
+            model = replace(model, runs_as=alike.name)
+        else:
+            self._by_path.setdefault(model.path, []).append(model)
+        self._models[model.name] = model
+        self._names[name_key(model.name)] = model
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())

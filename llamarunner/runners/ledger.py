@@ -97,7 +97,7 @@ class Ledger:
         if engine is None:
             return
         model = place.model
-        key = (model.name, model.settings.engine)
+        key = (place.group, model.settings.engine)
         known = self._needs.get(key)
         if known is None or known.model is not model or len(known.by_demand) >= _MOST_DEMANDS:
             known = self._needs[key] = _Known(model)
@@ -133,7 +133,7 @@ class Ledger:
 
     def first_need(self, place: Place, demand: Demand = NO_DEMAND) -> Need | None:
         """As estimated, whatever was measured since."""
-        known = self._needs.get((place.model.name, place.model.settings.engine))
+        known = self._needs.get((place.group, place.model.settings.engine))
         return known.by_demand.get(demand.key) if known is not None else None
 
     def shares(self, place: Place) -> tuple[Share, ...]:

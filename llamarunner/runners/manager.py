@@ -220,7 +220,7 @@ class RunnerManager:
         """As many as its engine answers side by side; the rest when those have ended. Where none waits here, those who
         wait for another replica are served."""
         now = time.monotonic()
-        queues = [place, *(other for other in self._places.replicas(place.model.name) if other is not place)]
+        queues = [place, *(other for other in self._places.replicas(place.group) if other is not place)]
         for other in queues:
             while place.runner and place.is_ready and other.waiters and place.leases < place.slots:
                 waiter = other.waiters.first(now)
@@ -240,7 +240,7 @@ class RunnerManager:
     def no_answer(self, lease: Lease) -> bool:
         """A request got none from the runner it was given; True where another replica may give it one."""
         replicas.strike(lease.place, time.monotonic())
-        return len(self._places.replicas(lease.place.model.name)) > 1
+        return len(self._places.replicas(lease.place.group)) > 1
 
     # -- what became of a load (see `Desk`) --------------------------------------------------------------------------
 
@@ -252,14 +252,14 @@ class RunnerManager:
         now = time.monotonic()
         for waiter in place.waiters.take_all():
             waiter.tried.add(place.name)
-            others = [p for p in self._places.replicas(place.model.name) if p.name not in waiter.tried]
+            others = [p for p in self._places.replicas(place.group) if p.name not in waiter.tried]
             others = [other for other in others if not replicas.is_ejected(other, now)]
             if others:
                 replicas.choose(others, waiter.demand, now).waiters.add(waiter)
                 self._loop.call_soon(self._reconsider)
             elif not waiter.granted.done():
                 waiter.granted.set_exception(error)
-        for other in self._places.replicas(place.model.name):
+        for other in self._places.replicas(place.group):
             self._serve_waiters(other)
 
     def on_room(self) -> None:
@@ -339,7 +339,8 @@ class RunnerManager:
     # -- what may be told --------------------------------------------------------------------------------------------
 
     def residence(self, name: str) -> Residence | None:
-        """Of the model of this name, its replicas taken together; None where it never was loaded."""
+        """Of the model of this name, its replicas taken together; None where it never was loaded, or is served by the
+        runner of another that is started alike."""
         return self._places.residence(name)
 
     def devices(self) -> Sequence[Device]:

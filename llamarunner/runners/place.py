@@ -67,8 +67,9 @@ class Place:
     """Times are `time.monotonic()` seconds."""
 
     name: str  # the model's, or "NAME#2" for its second replica
-    model: Model  # as configured, for this replica's engine
+    model: Model  # as configured, for this replica's engine; of those that share the runner the one asked for last
     waiters: Waiters
+    group: str = ""  # the name that all replicas go by
     base: Model | None = None  # the catalogue's, that `model` was made of
     pinned: bool = False
     pinned_by: str = ""  # the tag that says so, where the model itself does not
@@ -95,6 +96,14 @@ class Place:
     answer_s: float | None = None  # average time a lease is held, the newest counting most
     strikes: int = 0  # requests in a row that got no answer from it
     ejected_until: float = 0.0  # other replicas are asked instead
+
+    def __post_init__(self) -> None:
+        self.group = self.group or self.name
+
+    @property
+    def owner(self) -> str:
+        """The model its runner was started for, or would be: of those that share it one is shown as loaded."""
+        return self.launched.name if self.runner is not None and self.launched is not None else self.model.name
 
     @property
     def leases(self) -> int:

@@ -26,7 +26,8 @@ class Places:
         self._settings = settings
         self._ledger = ledger
         self._places: dict[str, Place] = {}  # by their names
-        self._replicas: dict[str, list[Place]] = {}  # of each model, by its name
+        self._groups: dict[str, str] = {}  # by the names of models: whose runners serve them
+        self._replicas: dict[str, list[Place]] = {}  # of each group
 
     def __iter__(self) -> Iterator[Place]:
         return iter(list(self._places.values()))
@@ -35,13 +36,14 @@ class Places:
         return self._places[name]
 
     def of(self, model: Model) -> list[Place]:
-        """One for each replica, made where it is not there yet. The catalogue may have a newer model; a running engine
-        keeps what it was started with."""
+        """One for each replica, made where it is not there yet. Models that are started alike share theirs. The
+        catalogue may have a newer model; a running engine keeps what it was started with."""
         settings = model.settings
         engines = [*[settings.engine] * settings.replicas, *settings.also_on]
-        names = [model.name, *(f"{model.name}#{number}" for number in range(2, len(engines) + 1))]
+        group = self._groups[model.name] = model.runner_name
+        names = [group, *(f"{group}#{number}" for number in range(2, len(engines) + 1))]
         found = [self._at(name, model, engine) for name, engine in zip(names, engines, strict=True)]
-        self._replicas[model.name] = found
+        self._replicas[group] = found
         return found
 
     def _at(self, name: str, model: Model, engine: str) -> Place:
@@ -53,7 +55,7 @@ class Places:
         if settings.engine != engine:
             own = replace(model, settings=settings.model_copy(update={"engine": engine}))
         if place is None:
-            place = self._places[name] = Place(name, own, Waiters(self._settings.max_wait))
+            place = self._places[name] = Place(name, own, Waiters(self._settings.max_wait), model.runner_name)
         place.base, place.model = model, own
         staying = [tag for tag in settings.tags if tag in self._settings.always_stay]
         place.pinned, place.pinned_by = settings.pin or bool(staying), next(iter(staying), "")
@@ -63,8 +65,8 @@ class Places:
         return place
 
     def replicas(self, name: str) -> list[Place]:
-        """Of the model of this name; none where nobody ever asked for it."""
-        return self._replicas.get(name, [])
+        """Of the model of this name, or of the one it shares its runners with; none where nobody ever asked for it."""
+        return self._replicas.get(self._groups.get(name, name), [])
 
     def forget(self, waiter: Waiter) -> bool:
         """Whether it still waited."""
@@ -82,8 +84,8 @@ class Places:
     # -- what may be told --------------------------------------------------------------------------------------------
 
     def residence(self, name: str) -> Residence | None:
-        places, now, kept_s = self._replicas.get(name), time.monotonic(), self._settings.min_residency
-        if not places:
+        places, now, kept_s = self.replicas(name), time.monotonic(), self._settings.min_residency
+        if not places or all(place.owner != name for place in places):
             return None
         return together([place.residence(now, self._ledger.shares(place), kept_s) for place in places])
 
@@ -104,8 +106,7 @@ class Places:
     @property
     def loaded(self) -> list[Model]:
         ready = (p for p in self if p.runner is not None and p.runner.state is RunnerState.READY)
-        names = dict.fromkeys(place.model.name for place in ready)
-        return [self._replicas[name][0].model for name in names]
+        return list({place.owner: place.model for place in ready}.values())
 
     @property
     def pids(self) -> list[int]:
