@@ -10,6 +10,7 @@ import orjson
 from llamarunner.errors import EngineError, EngineGoneError, EngineRefusalError
 
 ERROR_BYTES = 64 * 1024  # an engine's error that is longer is cut
+NOT_IMPLEMENTED = 501  # llama-server's status for what this model, or the way it was started, does not have
 TOO_LONG = "exceed_context_size_error"  # llama-server's kind of refusal
 GONE = "model runner has unexpectedly stopped, this may be due to resource limitations or an internal error"
 

@@ -136,6 +136,17 @@ async def test_routes(any_service: Serving, method: str, path: str, status: int,
             assert found == body
 
 
+async def test_what_the_engine_has_not_is_told_in_ollamas_words(run_service: RunService) -> None:
+    fim = {"metadata": {"tokenizer.ggml.fim_pre_token_id": 1}}
+    error = {"error": {"code": 501, "message": "Infill is not supported by this model", "type": "not_supported_error"}}
+    async with run_service({"smol": fim}) as serving:
+        serving.script.set(http_error={"status": 501, "body": error})
+        body = {"model": "smol", "prompt": "def f(", "suffix": ")"}
+        answer = await call(serving, "POST", "/api/generate", body)
+        assert answer == (400, {"error": "smol does not support insert"})
+        assert serving.script.asked("/infill")["input_suffix"] == ")"
+
+
 async def test_a_queue_that_is_full_says_so_in_ollamas_words(run_service: RunService) -> None:
     async with run_service(scheduler={"max_queue": 1}) as serving:
         serving.script.set(prompt_s=5)

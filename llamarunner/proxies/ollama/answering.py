@@ -32,12 +32,10 @@ from llamarunner.proxies.ollama.messages import text_only
 from llamarunner.proxies.ollama.shortening import Shortening
 from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.sse import event_batches
-from llamarunner.proxies.upstream import GONE, parse_answer, read_all, read_block
+from llamarunner.proxies.upstream import GONE, NOT_IMPLEMENTED, parse_answer, read_all, read_block
 from llamarunner.runners.manager import Lease
 
 logger = logging.getLogger(__name__)
-
-_NOT_IMPLEMENTED = 501  # llama-server's word for what this model or its launch does not have
 
 
 class Answering:
@@ -108,7 +106,7 @@ class Answering:
             async with self._asking.answer(question, path, orjson.dumps(body), shorten) as (upstream, lease):
                 return await self._write(question, upstream, lease)
         except EngineRefusalError as refusal:
-            if path == generate.INFILL and refusal.status == _NOT_IMPLEMENTED:
+            if path == generate.INFILL and refusal.status == NOT_IMPLEMENTED:
                 raise UnsupportedError(f"{question.model.name} does not support insert") from refusal
             raise
 

@@ -11,7 +11,13 @@ from typing import Any
 
 from aiohttp import web
 
-from llamarunner.errors import EngineRefusalError, ModelNotFoundError, OverloadedError, RequestError
+from llamarunner.errors import (
+    EngineRefusalError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+    UnsupportedError,
+)
 from llamarunner.events import RequestTrace
 from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.ollama.asking import Asking, Question, read_fields
@@ -28,6 +34,7 @@ from llamarunner.proxies.ollama.embed import (
 )
 from llamarunner.proxies.ollama.truncate import without_end
 from llamarunner.proxies.relay import Relay
+from llamarunner.proxies.upstream import NOT_IMPLEMENTED
 from llamarunner.proxies.upstream import TOO_LONG as CONTEXT_EXCEEDED
 from llamarunner.proxies.vectors import unit
 from llamarunner.runners.manager import Lease
@@ -142,6 +149,8 @@ class _Batch:
         try:
             return await self._relay.call(lease, _PATH, body_of(text, self._normalize))
         except EngineRefusalError as refusal:
+            if refusal.status == NOT_IMPLEMENTED:  # it was started without embeddings, whatever its model could do
+                raise UnsupportedError(f"{self._question.model.name} does not support embeddings") from refusal
             room = _room(refusal, lease)
             if not room:
                 raise
