@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import traceback
-from collections.abc import Coroutine, Iterable
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from textual.app import App, AutopilotCallbackType, SystemCommand
@@ -19,16 +18,17 @@ from textual.screen import Screen
 from textual.widgets import Input
 from textual.worker import WorkerFailed
 
-from llamarunner.control.backend import Backend, Outcome
+from llamarunner.control.backend import Backend
 from llamarunner.control.snapshot import ModelView, RunnerState, Snapshot
-from tui import words
+from tui.commands import Commands, in_flight
 from tui.driver import TerminalDriver
 from tui.environment import locale_is_utf8
 from tui.screens.choice import Choice, Option
 from tui.screens.detail import Detail
-from tui.screens.facts import model_facts, request_facts
+from tui.screens.facts import model_facts, pull_facts, request_facts
 from tui.screens.help import help_facts
 from tui.screens.main import MainScreen
+from tui.screens.prompt import Prompt
 from tui.settings import ControlCenterSettings
 from tui.text import plain
 from tui.theme import load_themes, shipped_themes
@@ -41,8 +41,6 @@ Ending = Literal["quit", "detach", "crashed"]
 
 _PULL_S = 1.0
 _LOGS_S = 0.25
-_CONFIRM_S = 3.0  # how long a done command's effect may take to be seen in a snapshot
-_CONFIRM_POLL_S = 0.1
 _DEFAULT_THEME = "llamarunner"
 
 
@@ -57,6 +55,8 @@ class ControlCenter(App[None]):
         Binding("question_mark", "help", "Keys", show=False),
         Binding("L", "load", "Load the model", show=False),
         Binding("U", "unload", "Unload the model", show=False),
+        Binding("D", "pull", "Download a model", show=False),
+        Binding("X", "cancel_pull", "Cancel a download", show=False),
         Binding("T", "themes", "Theme", show=False),
     ]
 
@@ -69,7 +69,7 @@ class ControlCenter(App[None]):
         self.crash = ""
         self.snapshot: Snapshot = backend.snapshot()
         self._task_factory: Any = None
-        self._commands: dict[str, str] = {}  # model -> what is being done to it
+        self._commands = Commands(self)
         self.set_class(self.ascii_only, "-ascii")
 
     # Life
@@ -191,9 +191,14 @@ class ControlCenter(App[None]):
     def tell(self, message: str, *, severity: Literal["information", "warning", "error"] = "information") -> None:
         self.notify(plain(message), severity=severity, markup=False, timeout=12 if severity == "error" else 5)
 
-    async def ask(self, title: str, text: list[str], options: list[Option]) -> str:
+    async def ask(self, title: str, text: list[str], options: list[Option], chosen: int | None = None) -> str:
         """Must be called from a worker. "" is Esc."""
-        return await self.push_screen_wait(Choice(title, text, options, ascii_only=self.ascii_only)) or ""
+        choice = Choice(title, text, options, chosen=chosen, ascii_only=self.ascii_only)
+        return await self.push_screen_wait(choice) or ""
+
+    @property
+    def is_asking(self) -> bool:
+        return isinstance(self.screen, Choice | Prompt)
 
     def push_screen(self, screen: Any, *args: Any, **kwargs: Any) -> Any:
         pushed = super().push_screen(screen, *args, **kwargs)
@@ -202,7 +207,7 @@ class ControlCenter(App[None]):
         return pushed
 
     def action_help(self) -> None:
-        if not isinstance(self.screen, Choice):
+        if not self.is_asking:
             self.push_screen(Detail("Keys", help_facts, self.snapshot, ascii_only=self.ascii_only))
 
     def open_model(self, name: str) -> None:
@@ -223,13 +228,10 @@ class ControlCenter(App[None]):
             yield SystemCommand(f"Load {name}", "Start its engine now (L)", self.action_load)
             yield SystemCommand(f"Unload {name}", "Ask, then stop its engine (U)", self.action_unload)
             yield SystemCommand(f"Details of {name}", "All that is known of it (Enter)", lambda: self.open_model(name))
-        for pull in self.snapshot.pulls:
-            if pull.ended_at is None:
-                yield SystemCommand(
-                    f"Cancel the download of {pull.name}",
-                    "What there is of it stays for the next time",
-                    lambda name=pull.name: self.run_worker(self._cancel_pull(name)),
-                )
+        yield SystemCommand("Unload all models", "Ask, then stop every engine", self.action_unload_all)
+        yield SystemCommand("Download a model", "By its name in a registry (D)", self.action_pull)
+        yield SystemCommand("Cancel a download", "Ask, then end it (X)", self.action_cancel_pull)
+        yield SystemCommand("Downloads", "Those that run or ended lately, with their errors", self.open_pulls)
         for index, pane in enumerate(main.panes.values(), 1):
             what = pane.TITLE.lower()
             yield SystemCommand(f"Go to {what}", f"The {what} pane ({index})", lambda pane=pane: main.activate(pane.id))
@@ -248,7 +250,7 @@ class ControlCenter(App[None]):
     # Leaving
 
     def action_leave(self) -> None:
-        if isinstance(self.screen, Choice):
+        if isinstance(self.screen, Choice | Prompt):
             self.screen.action_cancel()
         else:
             self.run_worker(self._leave(), group="leave", exclusive=True)
@@ -258,9 +260,11 @@ class ControlCenter(App[None]):
 
     async def _leave(self) -> None:
         running = [model.name for model in self.snapshot.models if model.state is RunnerState.READY]
-        flight = _in_flight(self.snapshot.models)
+        flight = in_flight(self.snapshot.models)
         text = [f"Loaded: {', '.join(running)}."] if running else ["No model is loaded."]
         text += [f"In flight: {flight}."] if flight else []
+        coming = [pull.name for pull in self.snapshot.pulls if pull.ended_at is None]
+        text += [f"On their way here: {', '.join(coming)}. What there is of them stays."] if coming else []
         answer = await self.ask(
             "Leave the control center",
             text,
@@ -288,105 +292,43 @@ class ControlCenter(App[None]):
             return next((r.model for r in self.snapshot.requests if str(r.request_id) == wanted), "")
         return main.models.cursor
 
-    def _model(self, name: str) -> ModelView | None:
+    def model(self, name: str) -> ModelView | None:
         return next((model for model in self.snapshot.models if model.name == name), None)
 
     def action_load(self) -> None:
-        self._command(self.subject(), self._load)
+        self._command(self.subject(), self._commands.load)
 
     def action_unload(self) -> None:
-        self._command(self.subject(), self._unload)
+        self._command(self.subject(), self._commands.unload)
+
+    def action_unload_all(self) -> None:
+        self.run_worker(self._commands.unload_all(), group="commands")
 
     def _command(self, name: str, command: Any) -> None:
-        if isinstance(self.screen, Choice):
+        if self.is_asking:
             return
         self.pull()
-        model = self._model(name)
+        model = self.model(name)
         if model is None:
             self.tell("Choose a model first.", severity="warning")
-        elif name in self._commands:
-            self.tell(f"{name} is already being {self._commands[name]}.", severity="warning")
+        elif done := self._commands.under_way(name):
+            self.tell(f"{name} is already being {done}.", severity="warning")
         else:
             self.run_worker(command(model), group="commands", name=name)
 
-    async def _cancel_pull(self, name: str) -> None:
-        outcome = await self.backend.cancel_pull(name)
-        self.pull()
-        self.tell(f"{outcome.message}.", severity="information" if outcome.ok else "error")
+    # Downloads
 
-    async def _load(self, model: ModelView) -> None:
-        name = model.name
-        if model.state is RunnerState.READY:
-            self.tell(f"{name} is already loaded.")
-            return
-        flight = _in_flight(other for other in self.snapshot.models if other.name != name)
-        if flight:
-            answer = await self.ask(
-                f"Load {name}?",
-                [
-                    f"In flight: {flight}.",
-                    "Where there is no room, it waits for those answers and takes a model's place.",
-                ],
-                [Option("y", "Load it", "load"), Option("n", "No", "")],
-            )
-            if answer != "load":
-                return
-        await self._carry_out(name, "loaded", self.backend.load(name), frozenset({RunnerState.READY}))
+    def open_pulls(self) -> None:
+        hints = (("D", "download"), ("X", "cancel"))
+        self.push_screen(Detail("Downloads", pull_facts, self.snapshot, hints=hints, ascii_only=self.ascii_only))
 
-    async def _unload(self, model: ModelView) -> None:
-        name = model.name
-        if model.state is RunnerState.STOPPED:
-            self.tell(f"{name} is not loaded.")
-            return
-        flight = _in_flight([model])
-        text = [f"In flight: {flight}."] if flight else ["No answer is in flight."]
-        if model.queued:
-            text.append(f"{words.plural(model.queued, 'request')} waiting for it will load it again.")
-        options = [Option("d", "Unload once the answers in flight are finished", "drain")] if flight else []
-        options.append(Option("y", "Unload now" + (", and end those answers" if flight else ""), "now", "bad"))
-        answer = await self.ask(f"Unload {name}?", text, [*options, Option("n", "No", "")])
-        if answer:
-            command = self.backend.unload(name, force=answer == "now")
-            await self._carry_out(name, "unloaded", command, frozenset({RunnerState.STOPPED, RunnerState.FAILED}))
+    def action_pull(self) -> None:
+        if not self.is_asking:
+            self.run_worker(self._commands.pull(), group="downloads", exclusive=True)
 
-    async def _carry_out(
-        self, name: str, done: str, command: Coroutine[Any, Any, Outcome], wanted: frozenset[RunnerState]
-    ) -> None:
-        """Await a command, then tell how it went and whether the snapshot agrees."""
-        self._commands[name] = done
-        began = time.monotonic()
-        try:
-            outcome = await command
-        except Exception as error:  # the boundary to the service: its fault is told, the screen stays
-            logger.exception("%s could not be %s", name, done)
-            outcome = Outcome(False, f"{type(error).__name__}: {error}", "see the log")
-        finally:
-            del self._commands[name]
-        if not outcome.ok:
-            hint = f" {outcome.hint}" if outcome.hint else ""
-            self.tell(f"{name} could not be {done}: {outcome.message}.{hint}", severity="error")
-            self.pull()
-            return
-        state = await self._await_state(name, wanted)
-        took = words.duration(time.monotonic() - began)
-        if state in wanted:
-            self.tell(f"{name} is {done} ({took}).")
-        else:
-            self.tell(f"{name} was {done}, but is now {state or 'gone'}.", severity="warning")
-
-    async def _await_state(self, name: str, wanted: frozenset[RunnerState]) -> RunnerState | None:
-        deadline = time.monotonic() + _CONFIRM_S
-        while True:
-            self.pull()
-            model = self._model(name)
-            if model is None or model.state in wanted or time.monotonic() > deadline:
-                return model.state if model else None
-            await asyncio.sleep(_CONFIRM_POLL_S)
-
-
-def _in_flight(models: Iterable[ModelView]) -> str:
-    """ "2 answers of qwen, 1 answer of llama", or nothing."""
-    return ", ".join(f"{words.plural(m.in_flight, 'answer')} of {m.name}" for m in models if m.in_flight)
+    def action_cancel_pull(self) -> None:
+        if not self.is_asking:
+            self.run_worker(self._commands.cancel_pull(), group="downloads", exclusive=True)
 
 
 def _still_cursor(palette: CommandPalette) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from llamarunner.control.snapshot import ModelView, RequestPhase, RequestView, RunnerState
+from llamarunner.control.snapshot import ModelView, PullState, PullView, RequestPhase, RequestView, RunnerState
 from llamarunner.units import format_duration, format_size
 
 NOTHING = "–"
@@ -27,6 +27,13 @@ _PHASES = {
     RequestPhase.DONE: ("✓", "done", "muted"),
     RequestPhase.FAILED: ("✗", "failed", "bad"),
     RequestPhase.CANCELLED: ("○", "cancelled", "muted"),
+}
+_PULLS = {
+    PullState.WAITING: ("◌", "warn"),
+    PullState.RUNNING: ("↓", "accent-strong"),
+    PullState.DONE: ("✓", "good"),
+    PullState.FAILED: ("✗", "bad-strong"),
+    PullState.CANCELLED: ("○", "muted"),
 }
 LIVE_PHASES = frozenset({RequestPhase.QUEUED, RequestPhase.LOADING, RequestPhase.PROMPT, RequestPhase.STREAMING})
 
@@ -64,6 +71,25 @@ def request_state(request: RequestView) -> tuple[str, str]:
 
 def is_live(request: RequestView) -> bool:
     return request.phase in LIVE_PHASES
+
+
+def pull_state(pull: PullView) -> tuple[str, str]:
+    """A glyph and its style."""
+    return _PULLS[pull.state]
+
+
+def pull_status(pull: PullView) -> str:
+    match pull.state:
+        case PullState.WAITING:
+            return "waits its turn"
+        case PullState.RUNNING:
+            return pull.status
+        case PullState.DONE:
+            return f"is here ({size(pull.total)})" if pull.total else "is here"
+        case PullState.CANCELLED:
+            return "was cancelled; what there is of it stays for the next time"
+        case _:
+            return pull.problem or "failed"
 
 
 def size(size_bytes: float | None) -> str:

@@ -279,7 +279,7 @@ async def test_two_thousand_models_are_shown_within_the_loops_patience(run_app: 
 async def test_a_load_that_is_not_seen_in_the_snapshot_is_doubted(
     run_app: RunApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tui.app._CONFIRM_S", 0.2)
+    monkeypatch.setattr("tui.commands._CONFIRM_S", 0.2)
     backend = FakeBackend(replace(scene("empty"), models=(model("small"),)))
     backend.answer = Outcome(True, "loaded")
     async with run_app(backend) as (app, pilot):
@@ -287,7 +287,7 @@ async def test_a_load_that_is_not_seen_in_the_snapshot_is_doubted(
         await until(pilot, lambda: toasts(app) == ["small was loaded, but is now stopped."], "the doubt")
 
 
-@pytest.mark.parametrize(("key", "command"), [("d", "unload"), ("y", "unload now")])
+@pytest.mark.parametrize(("key", "command"), [("y", "unload"), ("enter", "unload"), ("k", "unload now")])
 async def test_unload_names_what_is_in_flight(run_app: RunApp, key: str, command: str) -> None:
     backend = FakeBackend.of("busy")
     async with run_app(backend) as (app, pilot):
@@ -296,13 +296,46 @@ async def test_unload_names_what_is_in_flight(run_app: RunApp, key: str, command
         text = shown(app)
         assert "Unload qwen3-14b?" in text
         assert "3 answers of qwen3-14b" in text
-        assert "▸ n  No" in text
+        assert "▸ y  Unload once the answers in flight are finished" in text
         await pilot.press(key)
         await until(pilot, lambda: backend.commands == [(command, "qwen3-14b")], "the command")
         await until(pilot, lambda: any("is unloaded" in text for text in toasts(app)), "the toast")
 
 
-@pytest.mark.parametrize("key", ["n", "enter", "escape"])
+async def test_unload_of_one_that_loads_says_who_is_refused(run_app: RunApp) -> None:
+    backend = FakeBackend.of("busy")
+    async with run_app(backend) as (app, pilot):
+        app.main.models.cursor = "gemma-3-27b-it"
+        await pilot.press("U")
+        await until(pilot, lambda: isinstance(app.screen, Choice), "the question")
+        assert "2 requests waiting for it will be refused." in shown(app)
+        assert "k " not in shown(app), "there is nothing to end"
+        await pilot.press("escape")
+        app.main.models.cursor = "mistral-small-24b"
+        await pilot.press("U")
+        await until(pilot, lambda: toasts(app) == ["mistral-small-24b is not loaded."], "the toast")
+
+
+@pytest.mark.parametrize(("key", "command"), [("y", "unload"), ("k", "unload now")])
+async def test_all_models_are_unloaded(run_app: RunApp, key: str, command: str) -> None:
+    backend = FakeBackend.of("busy")
+    async with run_app(backend) as (app, pilot):
+        (unload,) = [each for each in app.get_system_commands(app.screen) if each.title == "Unload all models"]
+        unload.callback()
+        await until(pilot, lambda: isinstance(app.screen, Choice), "the question")
+        text = " ".join(shown(app).split())
+        assert "Loaded: qwen3-14b, llama-3.2-3b-instruct, nomic-embed-text, gemma-3-27b-it." in text
+        assert "3 answers of qwen3-14b, 1 answer of llama-3.2-3b-instruct." in text
+        assert "▸ n No" in text
+        await pilot.press(key)
+        await until(pilot, lambda: len(backend.commands) == 4, "the commands")
+        assert {each for each, _ in backend.commands} == {command}
+        await until(pilot, lambda: len(toasts(app)) == 4, "the toasts")
+        unload.callback()
+        await until(pilot, lambda: "No model is loaded." in toasts(app), "nothing to do")
+
+
+@pytest.mark.parametrize("key", ["n", "escape"])
 async def test_no_is_no(run_app: RunApp, key: str) -> None:
     backend = FakeBackend.of("busy")
     async with run_app(backend) as (app, pilot):

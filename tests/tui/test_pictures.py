@@ -52,6 +52,18 @@ def test_unload_question(snap_compare: Compare) -> None:
     assert snap_compare(control_center(), terminal_size=(80, 24), press=["U"])
 
 
+def test_downloads(snap_compare: Compare) -> None:
+    assert snap_compare(control_center("pulls"), terminal_size=(80, 24))
+
+
+def test_download_prompt(snap_compare: Compare) -> None:
+    assert snap_compare(control_center("pulls"), terminal_size=(80, 24), press=["D", "enter"])
+
+
+def test_replicas(snap_compare: Compare) -> None:
+    assert snap_compare(control_center(), terminal_size=(80, 24), press=["j", "enter"])
+
+
 def test_leave_question(snap_compare: Compare) -> None:
     assert snap_compare(control_center(), terminal_size=(80, 24), press=["q"])
 

@@ -10,7 +10,7 @@ from tui import words
 from tui.lines import Line
 from tui.panes.table_pane import TablePane
 from tui.table import Cell, Column, Row
-from tui.text import plain
+from tui.text import plain, wrap_words
 
 _MIN_HEIGHT = 4
 _EMPTY_HEIGHT = 7  # of what is said where there are no models
@@ -46,7 +46,7 @@ class ModelsPane(TablePane):
             counts.append(f"✗ {failed} failed")
         return " · ".join(counts), "  ".join(note for note in (self.filter_note(), self.position()) if note)
 
-    def below(self, width: int) -> Sequence[Line]:
+    def below(self, width: int, most: int) -> Sequence[Line]:
         """What is wrong: with the chosen model, or else with the first that has something."""
         models = {model.name: model for model in self.snapshot.models} if self.snapshot else {}
         chosen = models.get(self.cursor)
@@ -54,7 +54,7 @@ class ModelsPane(TablePane):
         model = chosen if chosen and (chosen.problem or chosen.state is RunnerState.FAILED) else next(iter(wrong), None)
         if model is None:
             return ()
-        return trouble_lines(model, width)
+        return trouble_lines(model, width, most)
 
     def when_empty(self, width: int) -> Sequence[Line]:
         return [
@@ -67,17 +67,29 @@ class ModelsPane(TablePane):
         ]
 
     def wanted_height(self) -> int:
-        below = 2 if self.below(80) else 0
-        return max(_MIN_HEIGHT, len(self.rows) + 2 + below) if self.rows else _EMPTY_HEIGHT
+        return max(_MIN_HEIGHT, len(self.rows) + 2 + len(self.below(80, 3))) if self.rows else _EMPTY_HEIGHT
 
 
-def trouble_lines(model: ModelView, width: int) -> list[Line]:
-    problem = plain(model.problem or model.reason or "failed")
+def trouble_lines(model: ModelView, width: int, most: int) -> list[Line]:
+    """What is wrong, in as many lines as there are, and what helps."""
     name = plain(model.name)
-    lines = [Line.of((" ✗ ", "bad-strong"), (f"{name}: ", "bad-strong"), (problem, "bad"))]
-    if model.hint:
-        lines.append(Line.of(("   → ", "accent"), (plain(model.hint), "")))
+    problem = plain(model.problem or model.reason or "failed").removeprefix(name).lstrip(": ")
+    hint = "; ".join(filter(None, (_left_alone(model), plain(model.hint))))
+    wrapped = wrap_words(f"{name}: {problem}", max(8, width - 5))
+    room = max(1, most - bool(hint))
+    wrapped = [*wrapped[: room - 1], " ".join(wrapped[room - 1 :])][:room]  # the last is cut with an ellipsis
+    lines = [Line.of((" ✗ ", "bad-strong"), (wrapped[0][: len(name) + 1], "bad-strong"),
+                     (wrapped[0][len(name) + 1 :], "bad"))]  # fmt: skip
+    lines += [Line.of((f"   {piece}", "bad")) for piece in wrapped[1:] if piece]
+    if hint:
+        lines.append(Line.of(("   → ", "accent"), (hint, "")))
     return [line.clipped(width - 1) for line in lines]
+
+
+def _left_alone(model: ModelView) -> str:
+    if not model.left_alone:
+        return ""
+    return f"left alone for {words.duration(math.ceil(model.retry_s / 60) * 60.0)}: L tries now"
 
 
 def model_row(model: ModelView) -> Row:

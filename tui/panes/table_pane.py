@@ -70,8 +70,8 @@ class TablePane(Pane):
         """What to do where there is nothing to show."""
         raise NotImplementedError
 
-    def below(self, width: int) -> Sequence[Line]:
-        """Lines that stand below the table."""
+    def below(self, width: int, most: int) -> Sequence[Line]:
+        """Lines that stand below the table, `most` of them at the most."""
         return ()
 
     def show(self, snapshot: Snapshot) -> None:
@@ -100,7 +100,7 @@ class TablePane(Pane):
             if self.needle:
                 return [Line(), Line.of(("  Nothing matches the filter. Esc clears it.", "muted"))]
             return self.when_empty(width)
-        below = list(self.below(width)) if height >= 6 else []
+        below = list(self.below(width, max(2, height // 3))) if height >= 6 else []
         gap = 2 if width >= _ROOMY else 1
         fitted = fit_columns(self.COLUMNS, width - 2, gap)
         self._shown_columns = [item.column.key for item in fitted]

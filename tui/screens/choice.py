@@ -60,7 +60,8 @@ class ChoiceView(LineView, can_focus=True):
 
 
 class Choice(ModalScreen[str]):
-    """Gives the chosen option's value, "" for Esc. The last option is the harmless one and is chosen first."""
+    """Gives the chosen option's value, "" for Esc. The one that Enter takes must be harmless: the last, where `chosen`
+    does not say another."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("down,j,tab,right", "move(1)", show=False),
@@ -69,10 +70,14 @@ class Choice(ModalScreen[str]):
         Binding("escape", "cancel", show=False),
     ]
 
-    def __init__(self, title: str, text: Sequence[str], options: Sequence[Option], *, ascii_only: bool = False) -> None:
+    def __init__(
+        self, title: str, text: Sequence[str], options: Sequence[Option], *, chosen: int | None = None,
+        ascii_only: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self._options = options
-        self.view = ChoiceView(title, text, options, ascii_only=ascii_only, chosen=len(options) - 1)
+        first = len(options) - 1 if chosen is None else chosen
+        self.view = ChoiceView(title, text, options, ascii_only=ascii_only, chosen=first)
 
     def compose(self) -> ComposeResult:
         yield self.view

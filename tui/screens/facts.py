@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 
-from llamarunner.control.snapshot import ModelView, ReplicaView, RequestView, RunnerState, ShareView, Snapshot
+from llamarunner.control.snapshot import ModelView, PullView, ReplicaView, RequestView, RunnerState, ShareView, Snapshot
 from tui import words
 from tui.screens.detail import Fact, Facts
 
@@ -26,6 +26,28 @@ def request_facts(request_id: int) -> Facts:
         request = next((request for request in snapshot.requests if request.request_id == request_id), None)
         return None if request is None else _of_request(request)
 
+    return facts
+
+
+def pull_facts(snapshot: Snapshot) -> list[Fact]:
+    """All downloads that are remembered."""
+    facts: list[Fact] = []
+    for pull in snapshot.pulls:
+        facts += [_GAP, *_of_pull(pull)] if facts else _of_pull(pull)
+    return facts or [("", "Nothing was downloaded since the program started. D begins a download.", "muted")]
+
+
+def _of_pull(pull: PullView) -> list[Fact]:
+    glyph, style = words.pull_state(pull)
+    ended = f", at {words.clock(pull.ended_at)}" if pull.ended_at is not None else ""
+    facts = [(f"{glyph} {pull.state}", pull.name, style), ("", f"{words.pull_status(pull)}{ended}", "")]
+    if pull.total and pull.ended_at is None:
+        left = f", {words.countdown(pull.left_s)} left" if pull.left_s is not None else ""
+        speed = f", {words.size(pull.bytes_per_s)}/s" if pull.bytes_per_s else ""
+        share = words.percent(pull.completed / pull.total)
+        facts.append(("", f"{share} of {words.size(pull.total)}{speed}{left}", ""))
+    if pull.hint:
+        facts.append(("", f"→ {pull.hint}", "accent"))
     return facts
 
 

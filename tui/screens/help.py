@@ -21,8 +21,9 @@ _KEYS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("Enter", "details"),
         ("/", "filter as you type; Enter keeps it, Esc clears it"),
         ("s S", "sort by the next column; turn the order round"),
-        ("L", "load the chosen model"),
+        ("L", "load the chosen model, or try again one that failed"),
         ("U", "unload it: asks first, and names the answers in flight"),
+        ("D X", "download a model by its name; cancel a download"),
     )),
     ("Logs", (
         ("[ ]", "the log of the program, and of each runner"),

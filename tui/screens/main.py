@@ -34,8 +34,8 @@ _MAX_FILTER = 80  # characters
 _HINTS: dict[str, tuple[Hint, ...]] = {
     layout.HARDWARE: (("1-4", "panes"), ("z", "zoom"), ("T", "theme"), ("^p", "commands")),
     layout.MODELS: (
-        ("⏎", "details"), ("L", "load"), ("U", "unload"), ("/", "filter"), ("s", "sort"), ("1-4", "panes"),
-        ("z", "zoom"), ("^p", "commands"),
+        ("⏎", "details"), ("L", "load"), ("U", "unload"), ("D", "download"), ("/", "filter"), ("s", "sort"),
+        ("1-4", "panes"), ("z", "zoom"), ("^p", "commands"),
     ),
     layout.REQUESTS: (
         ("⏎", "details"), ("/", "filter"), ("s", "sort"), ("1-4", "panes"), ("z", "zoom"), ("^p", "commands"),
