@@ -168,21 +168,23 @@ class EngineProcess:
         family: set[psutil.Process] = set()
         try:
             await self._wake.wait()
+            asked = self._stopping and self._grace_s > 0
+            deadline = self._loop.time() + self._grace_s
+            if asked:
+                self._signal_group(signal.SIGTERM)  # it ends while we look for what else there is
             family = await asyncio.to_thread(self._family)
-            if self._stopping and self._grace_s > 0:
-                await self._terminate(family)
+            if asked:
+                await self._terminate(family, deadline)
         finally:
             # also when the loop is being torn down and this task is cancelled
             self._signal_group(signal.SIGKILL)
             await self._clean_up(family)
 
-    async def _terminate(self, family: set[psutil.Process]) -> None:
-        deadline = self._loop.time() + self._grace_s
-        self._signal_group(signal.SIGTERM)
+    async def _terminate(self, family: set[psutil.Process], deadline: float) -> None:
         for member in family:
             if not self._is_in_group(member):  # llama-server takes a second one for impatience
                 _signal_process(member, signal.SIGTERM)
-        await asyncio.wait({self._ended}, timeout=self._grace_s)
+        await asyncio.wait({self._ended}, timeout=max(deadline - self._loop.time(), 0.0))
         # a wrapper may end before the engine that it started
         while self._loop.time() < deadline:
             if not await asyncio.to_thread(_living, family):
