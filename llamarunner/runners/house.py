@@ -43,7 +43,7 @@ class House:
         if self._take_what_is_free(waiting) or self.waiting_for_room >= _CLEARED_AT_ONCE:
             return
         has_place = self._places > 0
-        if refusal := self._hopeless(waiting) or self._never_beside(waiting):
+        if refusal := self.hopeless(waiting) or self._never_beside(waiting):
             self.actions.append(refusal)
             return
         is_clear = self._part(waiting)
@@ -132,7 +132,7 @@ class House:
                 self._drain(resident, waiting)
         return not any(waiting.apart & resident.apart for resident in (*self._staying, *self._facts.residents))
 
-    def _hopeless(self, waiting: Waiting) -> Refuse | None:
+    def hopeless(self, waiting: Waiting) -> Refuse | None:
         """Before anybody leaves for it: one that would not fit if all of ours left, or asks for what is not there."""
         if waiting.need is None or not self._empty:
             return None

@@ -380,8 +380,8 @@ class RunnerManager:
                 case Drain(reason=reason):
                     if place.runner is not None:
                         place.runner.drain(reason)
-                case Refuse(message=message, hint=hint, is_wrong=is_wrong):
-                    self._loads.fail(place, EngineError(message, hint=hint) if is_wrong else DoesNotFitError(message))
+                case Refuse() as refusal:
+                    self._loads.fail(place, _as_error(refusal))
         if self._wake is not None:
             self._wake.cancel()
         if math.isinf(decision.wake_at):
@@ -395,10 +395,27 @@ class RunnerManager:
         runner = place.runner
         if runner is None or place.stopping:
             return
-        if place.is_ready and place.waiters and not place.meets(demand := place.waiters.first(time.monotonic()).demand):
-            runner.drain(f"loaded again for a request: {demand}")
+        if (
+            place.is_ready
+            and place.waiters
+            and not place.meets((first := place.waiters.first(time.monotonic())).demand)
+        ):
+            if refusal := self._places.cannot_reload(place, first.demand):
+                place.waiters.remove(first)
+                if not first.granted.done():
+                    first.granted.set_exception(_as_error(refusal))
+                self._serve_waiters(place)
+                self._loop.call_soon(self._reconsider)
+            else:
+                runner.drain(f"loaded again for a request: {first.demand}")
         if runner.state is RunnerState.DRAINING and place.leases == 0:
             self._loads.stop(place, runner.reason)
+
+
+def _as_error(refusal: Refuse) -> EngineError:
+    if refusal.is_wrong:
+        return EngineError(refusal.message, hint=refusal.hint)
+    return DoesNotFitError(refusal.message)
 
 
 def _priority(model: Model, trace: RequestTrace | None) -> int:

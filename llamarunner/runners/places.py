@@ -10,7 +10,9 @@ from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import SchedulerConfig
 from llamarunner.engines.engine import Engine
 from llamarunner.events import RunnerState
-from llamarunner.runners.facts import Facts, Waiting
+from llamarunner.runners.demand import Demand
+from llamarunner.runners.facts import Facts, Refuse, Waiting
+from llamarunner.runners.house import House
 from llamarunner.runners.ledger import Ledger
 from llamarunner.runners.outlook import Outlook, outlooks
 from llamarunner.runners.place import Place, Residence, together
@@ -129,6 +131,13 @@ class Places:
             min_residency_s=settings.min_residency,
             yields=settings.yield_to_others,
         )
+
+    def cannot_reload(self, place: Place, demand: Demand) -> Refuse | None:
+        """Whether what is demanded fits nowhere: then the runner there is need not leave for it."""
+        facts, need = self.facts(), self._ledger.need(place, demand)
+        others = [resident for resident in facts.residents if resident.model != place.name]
+        waiting = replace(self._waiting(place, facts.now), need=need)
+        return House(replace(facts, residents=others), set()).hopeless(waiting)
 
     def _waiting(self, place: Place, now: float) -> Waiting:
         leader = place.waiters.leader(now)

@@ -17,6 +17,7 @@ from llamarunner.config.schema import ModelSettings, SchedulerConfig
 from llamarunner.errors import DoesNotFitError, LoadError
 from llamarunner.events import EventBus, RunnerChanged, RunnerState
 from llamarunner.runners import scheduler
+from llamarunner.runners.demand import Demand
 from llamarunner.runners.footprints import Footprints
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.ledger import Ledger, placed
@@ -209,6 +210,18 @@ async def test_out_of_memory_unloads_the_idle_and_tries_once_more(make_stage: An
     assert stage.spawns("b") == 2
     assert stage.state("a") is RunnerState.STOPPED
     assert "evicted for b, which ran out of memory" in stage.reasons("a")
+
+
+async def test_a_context_that_fits_nowhere_leaves_the_loaded_model_alone(make_stage: Any) -> None:
+    stage = make_stage(ram(10))
+    model = stage.model("a", 3)
+    trained = replace(model, details=replace(model.details, context_length=10**9))
+    await use(stage, trained)
+    with pytest.raises(DoesNotFitError, match="a needs"):
+        async with stage.manager.acquire(trained, demand=Demand(context=10**8)):
+            pass
+    await use(stage, trained)
+    assert stage.spawns("a") == 1
 
 
 async def test_foreign_memory_counts(make_stage: Any) -> None:
