@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import ollama
 import pytest
 import pytest_asyncio
@@ -202,6 +203,10 @@ async def test_a_preset_counts_wherever_it_is_asked(real: Serving, client: ollam
     _, v1, _ = await post(real, "/v1/chat/completions", body)
     assert v1["usage"]["completion_tokens"] == 3
     assert v1["usage"]["prompt_tokens"] == answer.prompt_eval_count
+    async with httpx.AsyncClient(base_url=real.lmstudio, timeout=60) as other_port:
+        for path in ("/v1/chat/completions", "/api/v0/chat/completions"):
+            usage = (await other_port.post(path, json=body)).json()["usage"]
+            assert (usage["completion_tokens"], usage["prompt_tokens"]) == (3, answer.prompt_eval_count), path
     shown = await client.show("pirate")
     assert 'stop                           "zzz"' in (shown.parameters or "")
 

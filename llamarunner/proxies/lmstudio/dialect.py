@@ -18,6 +18,7 @@ from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.figures import note_figures
 from llamarunner.proxies.lmstudio import describe
 from llamarunner.proxies.lmstudio.errors import FieldError, NoModelError, error_body, repeat_message, stream_error
+from llamarunner.proxies.ollama.preset import lay_under
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
@@ -84,7 +85,8 @@ class LMStudioDialect:
         raw = await read_body(request)
         body = parse_object(raw)
         model = self._openai.begin(body, trace)
-        self._openai.check_chat(body, model)
+        if self._openai.check_chat(body, model):
+            raw = orjson.dumps(body)
         keep = self._openai.keep_alive(body)
         async with self._relay.ask(model, _CHAT, raw, trace, keep_alive_s=keep) as (upstream, lease):
             tail = _Tail(model, lease, trace)
@@ -147,7 +149,8 @@ class LMStudioOpenAI(OpenAIRoutes):
     def check_chat(self, body: dict[str, Any], model: Model) -> bool:
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise FieldError("'messages' field is required")
-        return super().check_chat(body, model)
+        is_changed = super().check_chat(body, model)
+        return lay_under(body, model) or is_changed  # presets are in Ollama's words, and count on this port as well
 
     def check_completion(self, body: dict[str, Any], model: Model) -> bool:
         if body.get("prompt") is None:
