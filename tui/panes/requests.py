@@ -80,6 +80,8 @@ def request_row(request: RequestView) -> Row:
     live = words.is_live(request)
     counts = (request.prompt_tokens, request.output_tokens)
     tokens = words.NOTHING if counts == (None, None) else "→".join(map(words.tokens, counts))
+    if request.truncated:
+        tokens = f"…{tokens}"
     cells = {
         "state": Cell(
             state, style, str(request.status or request.phase), tail=" !" if words.is_marked(request) else ""
@@ -91,7 +93,7 @@ def request_row(request: RequestView) -> Row:
         "load": Cell(words.duration(request.load_s), order=request.load_s),
         "ttft": Cell(words.duration(request.ttft_s), order=request.ttft_s),
         "total": Cell(words.duration(request.total_s), order=request.total_s),
-        "tokens": Cell(tokens, "", request.output_tokens),
+        "tokens": Cell(tokens, "warn" if request.truncated else "", request.output_tokens),
         "rate": Cell(words.rate(request.output_tokens_per_s), order=request.output_tokens_per_s),
         "endpoint": Cell(plain(request.endpoint), order=request.endpoint),
         "at": Cell(words.clock(request.started_at), order=request.started_at),
