@@ -147,7 +147,9 @@ def _counts_gpus(need: Need) -> bool:
     return wishes.devices is not None or wishes.main_gpu is not None or wishes.split_mode in ("row", "tensor")
 
 
-def _visible(need: Need, gpus: Sequence[Device], pinned: Sequence[str]) -> list[Device]:
+def _visible(need: Need, gpus: list[Device], pinned: Sequence[str]) -> list[Device]:
+    if not pinned and need.wishes.visible is None:
+        return gpus
     known = {RAM} | {gpu.id for gpu in gpus} | {gpu.uuid for gpu in gpus}
     if unknown := [name for name in pinned if name not in known]:
         raise _unsupported(need, f"there is no device '{unknown[0]}'", _listed(gpus))

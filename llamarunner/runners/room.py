@@ -50,10 +50,12 @@ def plan_room(
 
     def least(candidates: Sequence[Holder], how: Partial, layers: int | None) -> Room | None:
         # more memory never makes it worse, so that the number of those who must leave can be found by halving
-        found = attempt((), how)
-        low, high = -1, 0
+        fewest = _fewest(need, devices, candidates) if how == "refuse" else 0
+        if fewest > len(candidates):
+            return None
+        low, high, found = fewest - 1, fewest, attempt(candidates[:fewest], how)
         if not _is_as_good(found, layers):
-            low, high, found = 0, len(candidates), attempt(candidates, how)
+            low, high, found = fewest, len(candidates), attempt(candidates, how)
             if not _is_as_good(found, layers):
                 return None
         while high - low > 1:
@@ -87,6 +89,21 @@ def plan_room(
         if isinstance(best, Placement):
             return least(going, "offload", best.gpu_layers or 0) or Room(tuple(h.name for h in going), best)
     return refused
+
+
+def _fewest(need: Need, devices: Sequence[Device], candidates: Sequence[Holder]) -> int:
+    """How many of them must leave at the least before there are bytes enough, wherever they are; one more than there
+    are where that is never."""
+    if need.wishes.gpu_layers is not None:
+        return 0
+    gpus = {device.id: device.free_bytes for device in devices if device.id != RAM}
+    places, size = (gpus, need.least) if gpus else ({d.id: d.free_bytes for d in devices}, need.on_cpu())
+    room = sum(places.values())
+    for count, holder in enumerate(candidates):
+        if room >= size:
+            return count
+        room += sum(held for device, held in holder.bytes_by_device.items() if device in places)
+    return len(candidates) + (room < size)
 
 
 def _held(holder: Holder) -> list[str]:
