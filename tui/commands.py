@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llamarunner.control.backend import Outcome
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _CONFIRM_S = 3.0  # how long a done command's effect may take to be seen in a snapshot
 _CONFIRM_POLL_S = 0.1
+_EXAMPLES = "llama3.2:1b, or hf.co/ORG/REPO:Q4_K_M"
 
 
 class Commands:
@@ -89,18 +91,17 @@ class Commands:
 
     async def pull(self) -> None:
         text = ["Its name in Ollama's registry, or on Hugging Face: hf.co/ORG/REPO."]
-        example = "llama3.2:1b, or hf.co/ORG/REPO:Q4_K_M"
-        prompt = Prompt(
-            "Download a model", text, self._start_pull, placeholder=example, ascii_only=self._app.ascii_only
-        )
+        ascii_only = self._app.ascii_only
+        prompt = Prompt("Download a model", text, self._start_pull, placeholder=_EXAMPLES, ascii_only=ascii_only)
         if message := await self._app.push_screen_wait(prompt):
             self._app.tell(f"{message}.")
             self._app.pull()
 
     async def _start_pull(self, name: str) -> Outcome:
         if not name:
-            return Outcome(False, "a name is needed", "such as llama3.2:1b")
-        return await self._try(f"the download of {name} could not begin", self._app.backend.start_pull(name))
+            return Outcome(False, "a name is needed", f"such as {_EXAMPLES}")
+        outcome = await self._try(f"the download of {name} could not begin", self._app.backend.start_pull(name))
+        return outcome if outcome.ok or outcome.hint else replace(outcome, hint=f"a name is such as {_EXAMPLES}")
 
     async def cancel_pull(self) -> None:
         self._app.pull()

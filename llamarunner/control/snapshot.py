@@ -57,6 +57,7 @@ class ReplicaView:
     problem: str = ""  # why it failed
     state_s: float = 0.0
     hung_s: float | None = None
+    activity: tuple[str, ...] = ()  # what each busy slot does
     ejected_s: float = 0.0  # until requests go to it again
 
 

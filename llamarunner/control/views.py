@@ -141,6 +141,7 @@ def _replica_view(residence: Residence, hardware: HardwareSample) -> ReplicaView
         problem=failure.message if failure is not None and runner is None else _hung_text(residence),
         state_s=_state_s(residence),
         hung_s=residence.hung_s,
+        activity=activity_of(runner) if runner is not None else (),
         ejected_s=residence.ejected_s,
     )
 

@@ -93,7 +93,8 @@ def busy_models() -> tuple[ModelView, ...]:
               keep_alive_min_s=60.0, keep_alive_max_s=3600.0, protected_s=3.0,
               replicas=(
                   ReplicaView("llama-3.2-3b-instruct", RunnerState.READY, "default", 41901, 40377, in_flight=1,
-                              slots=4, gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.2 * GIB)),
+                              slots=4, gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.2 * GIB),
+                              activity=("slot 2: generating",)),
                   ReplicaView("llama-3.2-3b-instruct#2", RunnerState.READY, "default", 41950, 40391, slots=4,
                               gpu_bytes=int(3.1 * GIB), memory_bytes=int(0.2 * GIB), ejected_s=26.0),
                   ReplicaView("llama-3.2-3b-instruct#3", RunnerState.FAILED, "attic", url="http://192.168.1.9:8080",

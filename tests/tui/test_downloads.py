@@ -43,9 +43,10 @@ def test_how_far_it_is_and_how_long_it_takes() -> None:
 @pytest.mark.parametrize("width", [10, 20, 32, 50, 80, 200])
 def test_narrow_terminals_keep_what_matters(width: int) -> None:
     for pull in (RUNNING, FAILED, replace(RUNNING, name="x\x1b[31m\n" * 30)):
-        (line,) = texts(pull, width=width)
-        assert cell_len(line) <= width
-        assert "\x1b" not in line
+        lines = texts(pull, width=width)
+        assert len(lines) <= 2
+        assert all(cell_len(line) <= width for line in lines)
+        assert "\x1b" not in "".join(lines)
     assert "25%" in texts(RUNNING, width=width)[0]
 
 
@@ -55,7 +56,22 @@ def test_what_ended_is_told_of_and_not_for_ever() -> None:
     assert texts(replace(done, ended_at=NOW - 31)) == []
     assert texts(FAILED) == [" ✗ big: not enough disk space   → remove a model"]
     assert texts(replace(FAILED, problem="big was not found", hint="")) == [" ✗ big: was not found"]
-    assert texts(replace(FAILED, ended_at=NOW - 601)) == []
+    assert texts(replace(FAILED, ended_at=NOW - 301)) == []
+
+
+def test_a_long_failure_has_a_second_line_where_there_is_room() -> None:
+    long = replace(FAILED, problem="pull model manifest: registry.example.com cannot be asked: no route to host")
+    assert texts(long, width=50) == [
+        " ✗ big: pull model manifest: registry.example.com",
+        "   cannot be asked: no route to host   → remove a…",
+    ]
+    assert texts(replace(FAILED, hint="remove a model, or set another folder"), width=50) == [
+        " ✗ big: not enough disk space",
+        "   → remove a model, or set another folder",
+    ]
+    assert len(texts(long, RUNNING, width=50)) == 3
+    assert len(texts(long, RUNNING, RUNNING, width=50)) == 3
+    assert texts(long, long, width=50)[2].startswith(" ✗ big:"), "each has a line at least"
 
 
 def test_several_are_aligned_and_who_waits_says_so() -> None:

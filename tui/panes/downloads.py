@@ -10,10 +10,10 @@ from llamarunner.control.snapshot import PullState, PullView, Snapshot
 from tui import words
 from tui.graphs import bar
 from tui.lines import Line, LineView, Span
-from tui.text import fit, plain
+from tui.text import fit, plain, wrap_words
 
 _MOST = 3  # lines
-_TOLD_S = {PullState.DONE: 30.0, PullState.FAILED: 600.0}  # how long one that ended is told of
+_TOLD_S = {PullState.DONE: 30.0, PullState.FAILED: 300.0}  # how long one that ended is told of
 _BAR = 20  # cells
 
 
@@ -38,24 +38,33 @@ def download_lines(snapshot: Snapshot, width: int) -> list[Line]:
     running = [pull for pull in snapshot.pulls if pull.ended_at is None]
     ended = [pull for pull in snapshot.pulls if _ended_lately(pull, snapshot.taken_at)]
     longest = max((cell_len(plain(pull.name)) for pull in running if _has_bar(pull)), default=0)
-    lines = [_running_line(pull, width, longest) for pull in running] + [_ended_line(pull, width) for pull in ended]
-    if len(lines) <= _MOST:
-        return lines
-    return [*lines[: _MOST - 1], Line.of((f"   and {len(lines) - _MOST + 1} more downloads", "muted"))]
+    told = [[_running_line(pull, width, longest)] for pull in running] + [_ended_lines(pull, width) for pull in ended]
+    if len(told) > _MOST:
+        rest = len(told) - _MOST + 1
+        return [*(lines[0] for lines in told[: _MOST - 1]), Line.of((f"   and {rest} more downloads", "muted"))]
+    spare = _MOST - len(told)
+    return [line for lines in told for line in lines[: 1 + spare]][:_MOST]
 
 
 def _ended_lately(pull: PullView, now: float) -> bool:
     return pull.ended_at is not None and now - pull.ended_at < _TOLD_S.get(pull.state, 0.0)
 
 
-def _ended_line(pull: PullView, width: int) -> Line:
+def _ended_lines(pull: PullView, width: int) -> list[Line]:
+    """Of a failure the second line is the rest of what is wrong, and what helps; it is there where there is room."""
     glyph, style = words.pull_state(pull)
     name, status = plain(pull.name), plain(words.pull_status(pull))
     if pull.state is PullState.DONE:
-        return Line.of((f" {glyph} ", style), (name, "strong"), (f"  {status}", "muted")).clipped(width)
+        return [Line.of((f" {glyph} ", style), (name, "strong"), (f"  {status}", "muted")).clipped(width)]
     status = status.removeprefix(name).lstrip(": ")
+    head: Span = (f" {glyph} {name}: ", style)
     hint: list[Span] = [("   → ", "accent"), (plain(pull.hint), "")] if pull.hint else []
-    return Line(((f" {glyph} {name}: ", style), (status, "bad"), *hint)).clipped(width)
+    whole = Line((head, (status, "bad"), *hint))
+    if cell_len(whole.text) <= width:
+        return [whole]
+    first, *rest = wrap_words(status, max(8, width - cell_len(head[0]) - 1))
+    second = Line((("   ", ""), (" ".join(rest), "bad"), *hint) if rest else (("", ""), *hint))
+    return [Line.of(head, (first, "bad")).clipped(width), second.clipped(width)]
 
 
 def _has_bar(pull: PullView) -> bool:

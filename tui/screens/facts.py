@@ -91,7 +91,8 @@ def _replicas(model: ModelView) -> list[Fact]:
         ]
     facts: list[Fact] = []
     for index, replica in enumerate(model.replicas):
-        facts += [("replicas" if index == 0 else "", *_replica(index + 1, replica)), ("", replica.problem, "bad")]
+        facts.append(("replicas" if index == 0 else "", *_replica(index + 1, replica)))
+        facts += [("", ", ".join(replica.activity), ""), ("", replica.problem, "bad")]
     return facts
 
 
@@ -116,7 +117,7 @@ def _use(model: ModelView) -> list[Fact]:
     answers = f"{model.in_flight} of {words.plural(model.slots, 'slot')}{waiting}" if model.slots else ""
     return [
         ("answers", answers or waiting.removeprefix(", "), ""),
-        ("at work", ", ".join(model.activity), ""),
+        ("at work", ", ".join(model.activity) if not model.replicas else "", ""),
         ("speed", f"{words.rate(model.tokens_per_s)} tokens/s" if model.tokens_per_s else "", ""),
         ("context", f"{model.context} tokens a request" if model.context else "", ""),
         ("load took", words.duration(model.load_s) if model.load_s is not None else "", ""),
