@@ -54,6 +54,7 @@ class LocalBackend:
         self._changes = {"models": 0, "proxies": 0, "pulls": 0}
         self._seen_pulls: tuple[PullView, ...] = ()
         self._seen_catalog: Catalog | None = None
+        self._asleep: dict[str, ModelView] = {}  # of models that never ran: there may be thousands, and they stay so
         self._seen_work: list[tuple[str, float | None, tuple[str, ...], float | None]] = []
         bus.subscribe(self._note)
 
@@ -71,6 +72,7 @@ class LocalBackend:
         catalog, hardware = sources.catalog(), sources.hardware.latest
         if catalog is not self._seen_catalog:
             self._seen_catalog = catalog
+            self._asleep.clear()
             self._changes["models"] += 1
         models = tuple(self._model_view(model, hardware) for model in catalog)
         work = [
@@ -119,8 +121,13 @@ class LocalBackend:
 
     def _model_view(self, model: Model, hardware: HardwareSample) -> ModelView:
         residence = self._sources.manager.residence(model.name)
-        rate = self._sources.requests.last_rate(model.name)
-        return model_view(model, residence, hardware, rate)
+        if residence is not None:
+            self._asleep.pop(model.name, None)
+            return model_view(model, residence, hardware, self._sources.requests.last_rate(model.name))
+        view = self._asleep.get(model.name)
+        if view is None:
+            view = self._asleep[model.name] = model_view(model, None, hardware, None)
+        return view
 
     def logs(self, source: str, after: int = 0, limit: int = 500) -> LogPage:
         lines, missed = self._sources.logs.page(source, after, limit)

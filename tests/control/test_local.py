@@ -278,6 +278,29 @@ def test_a_snapshot_holds_all_of_it_and_counts_changes() -> None:
     assert backend.logs("nobody").lines == ()
 
 
+def test_models_that_never_ran_are_looked_at_once() -> None:
+    bus, manager, catalogs = EventBus(), Manager(), [Catalog([a_model()])]
+    sources = Sources(
+        catalog=lambda: catalogs[-1],
+        manager=manager,
+        proxies=[],
+        hardware=HardwareSampler(tuple),
+        requests=RequestLog(bus),
+        pulls=no_pulls(),
+        logs=LogBook(None),
+        started_at=1.0,
+        is_stopping=lambda: False,
+    )
+    backend = LocalBackend(sources, bus)
+    (first,) = backend.snapshot().models
+    assert backend.snapshot().models[0] is first
+    manager.place = residence(runner=LoadedRunner())
+    assert backend.snapshot().models[0].state is RunnerState.READY
+    manager.place = None
+    catalogs.append(Catalog([a_model(pin=True)]))
+    assert backend.snapshot().models[0].pinned, "the catalogue has another of that name now"
+
+
 def test_progress_and_activity_count_as_changes_of_the_models() -> None:
     bus, manager, loading, busy = EventBus(), Manager(), LoadingRunner(0.101), LoadedRunner()
     catalog = Catalog([a_model()])

@@ -638,6 +638,17 @@ async def test_a_model_left_alone_says_for_how_long_and_what_ends_it(run_app: Ru
         await until(pilot, lambda: "next try" not in shown(app), "its new state")
 
 
+async def test_a_refusal_names_who_holds_the_memory_within_80_columns(run_app: RunApp) -> None:
+    refused = "huge needs 45.2 GiB of GPU 0 (NVIDIA GeForce RTX 4090), which has 5.3 GiB free of 24.0 GiB"
+    held = "(17.4 GiB loaded models, 819.2 MiB other programs, 512.0 MiB the reserve)"
+    backend = FakeBackend.of("busy")
+    huge = model("huge", RunnerState.FAILED, problem=f"{refused} {held}", hint="a smaller context takes less")
+    backend.current = replace(backend.current, models=(huge, *(model(f"m{number}") for number in range(3))))
+    async with run_app(backend, size=(80, 24)) as (app, _):
+        text = " ".join(app.main.models.shown_text.split())
+        assert f"✗ huge: {refused.removeprefix('huge ')} {held} → a smaller context takes less" in text
+
+
 async def test_whoever_asks_is_shown_by_name_with_its_priority(run_app: RunApp) -> None:
     async with run_app(FakeBackend.of("busy"), size=(200, 60)) as (app, pilot):
         await pilot.press("3", "z")

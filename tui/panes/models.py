@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llamarunner.control.snapshot import ModelView, RunnerState, Snapshot
 from tui import words
 from tui.lines import Line
-from tui.panes.table_pane import TablePane
+from tui.panes.table_pane import MOST_BELOW, TablePane
 from tui.table import Cell, Column, Row
 from tui.text import plain, wrap_words
 
@@ -67,7 +67,7 @@ class ModelsPane(TablePane):
         ]
 
     def wanted_height(self) -> int:
-        return max(_MIN_HEIGHT, len(self.rows) + 2 + len(self.below(80, 3))) if self.rows else _EMPTY_HEIGHT
+        return max(_MIN_HEIGHT, len(self.rows) + 2 + len(self.below(80, MOST_BELOW))) if self.rows else _EMPTY_HEIGHT
 
 
 def trouble_lines(model: ModelView, width: int, most: int) -> list[Line]:

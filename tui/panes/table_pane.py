@@ -17,6 +17,7 @@ from tui.table import Column, Row, Sort, fit_columns, header_line, row_line, sel
 
 View = TypeVar("View")
 
+MOST_BELOW = 4  # lines, where the table leaves them
 _ROOMY = 100  # cells from which columns stand two apart
 
 
@@ -61,7 +62,7 @@ class TablePane(Pane):
         for view in views:
             key = key_of(view)
             known = before.get(key)
-            row = known[1] if known is not None and known[0] == view else make(view)
+            row = known[1] if known is not None and (known[0] is view or known[0] == view) else make(view)
             self._made[key] = (view, row)
             rows.append(row)
         return rows
@@ -100,7 +101,8 @@ class TablePane(Pane):
             if self.needle:
                 return [Line(), Line.of(("  Nothing matches the filter. Esc clears it.", "muted"))]
             return self.when_empty(width)
-        below = list(self.below(width, max(2, height // 3))) if height >= 6 else []
+        most = max(2, height // 3, min(MOST_BELOW, height - 1 - len(self.rows)))
+        below = list(self.below(width, most)) if height >= 6 else []
         gap = 2 if width >= _ROOMY else 1
         fitted = fit_columns(self.COLUMNS, width - 2, gap)
         self._shown_columns = [item.column.key for item in fitted]
