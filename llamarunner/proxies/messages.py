@@ -13,15 +13,15 @@ from llamarunner.proxies.v1_errors import anthropic_error
 _ROLES = ("user", "assistant", "system")
 
 
-def check_messages_body(body: dict[str, Any], model: Model) -> bool:
+def check_messages_body(body: dict[str, Any], model: Model) -> None:
     """Raise RequestError for what the engine must not see or would answer 500 to."""
     limit = body.get("max_tokens")
     if isinstance(limit, bool) or not isinstance(limit, int) or limit <= 0:
         raise RequestError("max_tokens is required and must be positive")
-    return check_counted_body(body, model)
+    check_counted_body(body, model)
 
 
-def check_counted_body(body: dict[str, Any], model: Model) -> bool:
+def check_counted_body(body: dict[str, Any], model: Model) -> None:
     """As `check_messages_body`, for a body whose tokens are only counted."""
     if not body.get("messages"):
         raise RequestError("messages is required")
@@ -37,7 +37,6 @@ def check_counted_body(body: dict[str, Any], model: Model) -> bool:
         expect(expect(tool, dict, place).get("name"), str, f"{place}.name")
         if tool.get("input_schema") is not None:
             expect(tool["input_schema"], dict, f"{place}.input_schema")
-    return False
 
 
 def _check_content(content: object, place: str, model: Model) -> None:

@@ -22,6 +22,12 @@ from llamarunner.proxies.detour import Detour, dimensions_detour, infill_detour
 from llamarunner.proxies.dialect import Dialect, json_response
 from llamarunner.proxies.extras import check_detokenize, check_rerank, check_tokenize
 from llamarunner.proxies.messages import amend_messages, check_counted_body, check_messages_body
+from llamarunner.proxies.ollama.preset import (
+    lay_under_chat,
+    lay_under_completion,
+    lay_under_messages,
+    lay_under_response,
+)
 from llamarunner.proxies.openai_body import check_messages, check_tools, require_chat
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
@@ -97,12 +103,12 @@ class OpenAIRoutes(ABC):
         check_messages(body.get("messages"), model)
         if body.get("tools") is not None:
             check_tools(body["tools"])
-        return False
+        return lay_under_chat(body, model)
 
     def check_completion(self, body: dict[str, Any], model: Model) -> bool:
         if model.is_embedding_only:
             raise UnsupportedError(f'"{model.name}" does not support completion')
-        return False
+        return lay_under_completion(body, model)
 
     def check_embeddings(self, body: dict[str, Any], model: Model) -> bool:
         require_embeddings(model)
@@ -110,15 +116,18 @@ class OpenAIRoutes(ABC):
 
     def check_responses(self, body: dict[str, Any], model: Model) -> bool:
         require_chat(model)
-        return check_responses_body(body, model)
+        is_changed = check_responses_body(body, model)
+        return lay_under_response(body, model) or is_changed
 
     def check_messages(self, body: dict[str, Any], model: Model) -> bool:
         require_chat(model)
-        return check_messages_body(body, model)
+        check_messages_body(body, model)
+        return lay_under_messages(body, model)
 
     def check_counted(self, body: dict[str, Any], model: Model) -> bool:
         require_chat(model)
-        return check_counted_body(body, model)
+        check_counted_body(body, model)
+        return lay_under_messages(body, model)
 
     async def _list(self, request: web.Request) -> web.Response:
         """Another LlamaRunner is told of our own models alone: two that use each other would list them in a circle."""

@@ -207,6 +207,12 @@ async def test_a_preset_counts_wherever_it_is_asked(real: Serving, client: ollam
         for path in ("/v1/chat/completions", "/api/v0/chat/completions"):
             usage = (await other_port.post(path, json=body)).json()["usage"]
             assert (usage["completion_tokens"], usage["prompt_tokens"]) == (3, answer.prompt_eval_count), path
+        for base in (real.ollama, real.lmstudio):
+            response = {"model": "pirate", "input": body["messages"][0]["content"]}
+            usage = (await other_port.post(f"{base}/v1/responses", json=response)).json()["usage"]
+            assert (usage["output_tokens"], usage["input_tokens"]) == (3, answer.prompt_eval_count)
+            count = (await other_port.post(f"{base}/v1/messages/count_tokens", json=body)).json()
+            assert count == {"input_tokens": answer.prompt_eval_count}
     shown = await client.show("pirate")
     assert 'stop                           "zzz"' in (shown.parameters or "")
 

@@ -17,7 +17,12 @@ from llamarunner.proxies.ollama.errors import OptionError
 from llamarunner.proxies.ollama.fields import check_request
 from llamarunner.proxies.ollama.messages import text_only
 from llamarunner.proxies.ollama.options import effective, unknown
-from llamarunner.proxies.ollama.preset import lay_under
+from llamarunner.proxies.ollama.preset import (
+    lay_under_chat,
+    lay_under_completion,
+    lay_under_messages,
+    lay_under_response,
+)
 
 ALL = frozenset(Capability) - {Capability.EMBEDDING}
 MODEL = Model("m", Path("/m.gguf"), ModelSettings(context=1000), ModelDetails(capabilities=ALL))
@@ -179,21 +184,59 @@ def test_a_model_with_nothing_but_a_template_in_go() -> None:
 
 def test_openais_chats_get_what_the_model_brings_along() -> None:
     body: dict[str, Any] = {"model": "m", "messages": [ASK], "top_k": 9}
-    assert lay_under(body, WITH_PRESET)
+    assert lay_under_chat(body, WITH_PRESET)
     assert body["messages"] == [{"role": "system", "content": "Own"}, *HISTORY, ASK]
     assert {name: body[name] for name in body if name not in ("model", "messages")} == {
         "top_k": 9, "temperature": 0.1, "stop": ["x"],
     }  # fmt: skip
     system = {"role": "developer", "content": "Theirs"}
     body = {"model": "m", "messages": [system, ASK]}
-    assert lay_under(body, WITH_PRESET)
+    assert lay_under_chat(body, WITH_PRESET)
     assert body["messages"] == [*HISTORY, system, ASK]
     body = {"messages": [ASK], "max_completion_tokens": 3}
-    assert lay_under(body, replace(MODEL, preset=Preset(parameters={"num_predict": 7, "num_gpu": 3, "min_p": 0.1})))
+    assert lay_under_chat(
+        body, replace(MODEL, preset=Preset(parameters={"num_predict": 7, "num_gpu": 3, "min_p": 0.1}))
+    )
     assert body == {"messages": [ASK], "max_completion_tokens": 3, "min_p": 0.1}
     untouched: dict[str, Any] = {"messages": [ASK]}
-    assert not lay_under(untouched, MODEL)
+    assert not lay_under_chat(untouched, MODEL)
     assert untouched == {"messages": [ASK]}
+
+
+def test_openais_responses_get_it_too() -> None:
+    body: dict[str, Any] = {"input": "?", "temperature": 1}
+    assert lay_under_response(body, WITH_PRESET)
+    after = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "after"}]}
+    assert body == {
+        "instructions": "Own", "input": [HISTORY[0], after, ASK], "temperature": 1, "top_k": 5, "stop": ["x"],
+    }  # fmt: skip
+    body = {"input": [ASK], "instructions": "Theirs", "max_output_tokens": 3}
+    assert lay_under_response(body, replace(MODEL, preset=Preset({"num_predict": 7, "min_p": 0.1}, system="Own")))
+    assert body == {"input": [ASK], "instructions": "Theirs", "max_output_tokens": 3, "min_p": 0.1}
+    body = {"input": [{"role": "developer", "content": "Theirs"}, ASK]}
+    assert not lay_under_response(body, replace(MODEL, preset=Preset(system="Own")))
+    assert not lay_under_response(body, MODEL)
+    assert "instructions" not in body
+
+
+def test_anthropics_messages_get_it_too() -> None:
+    body: dict[str, Any] = {"messages": [ASK], "top_k": 9, "max_tokens": 3}
+    assert lay_under_messages(body, WITH_PRESET)
+    assert body == {
+        "system": "Own", "messages": [*HISTORY, ASK], "top_k": 9, "max_tokens": 3, "temperature": 0.1,
+        "stop_sequences": ["x"],
+    }  # fmt: skip
+    body = {"messages": [ASK], "system": [{"type": "text", "text": "Theirs"}]}
+    assert not lay_under_messages(body, replace(MODEL, preset=Preset(system="Own")))
+    assert not lay_under_messages(body, MODEL)
+    assert body["system"] == [{"type": "text", "text": "Theirs"}]
+
+
+def test_a_completion_gets_the_parameters_alone() -> None:
+    body: dict[str, Any] = {"prompt": "?", "max_tokens": 3}
+    assert lay_under_completion(body, WITH_PRESET)
+    assert body == {"prompt": "?", "max_tokens": 3, "temperature": 0.1, "top_k": 5, "stop": ["x"]}
+    assert not lay_under_completion(body, MODEL)
 
 
 def test_a_models_own_template_fills_in() -> None:

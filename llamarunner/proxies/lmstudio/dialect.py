@@ -18,7 +18,6 @@ from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.figures import note_figures
 from llamarunner.proxies.lmstudio import describe
 from llamarunner.proxies.lmstudio.errors import FieldError, NoModelError, error_body, repeat_message, stream_error
-from llamarunner.proxies.ollama.preset import lay_under
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
@@ -149,8 +148,7 @@ class LMStudioOpenAI(OpenAIRoutes):
     def check_chat(self, body: dict[str, Any], model: Model) -> bool:
         if not isinstance(body.get("messages"), list) or not body["messages"]:
             raise FieldError("'messages' field is required")
-        is_changed = super().check_chat(body, model)
-        return lay_under(body, model) or is_changed  # presets are in Ollama's words, and count on this port as well
+        return super().check_chat(body, model)
 
     def check_completion(self, body: dict[str, Any], model: Model) -> bool:
         if body.get("prompt") is None:

@@ -15,7 +15,6 @@ from llamarunner.proxies.ollama import describe
 from llamarunner.proxies.ollama.asking import Asking
 from llamarunner.proxies.ollama.errors import OptionError
 from llamarunner.proxies.ollama.parameters import keep_alive_s, template_kwargs
-from llamarunner.proxies.ollama.preset import lay_under
 from llamarunner.proxies.openai import OpenAIRoutes
 from llamarunner.proxies.relay import Relay
 from llamarunner.proxies.sse import amend_lines
@@ -68,9 +67,8 @@ class OllamaOpenAI(OpenAIRoutes):
     def check_chat(self, body: dict[str, Any], model: Model) -> bool:
         if body.get("messages") in (None, []):
             raise RequestError("[] is too short - 'messages'")
-        super().check_chat(body, model)
+        has_preset = super().check_chat(body, model)
         thinks = _set_thinking(body, model)
-        has_preset = lay_under(body, model)
         return self._with_defaults(body) or thinks or has_preset
 
     def check_responses(self, body: dict[str, Any], model: Model) -> bool:
@@ -80,8 +78,8 @@ class OllamaOpenAI(OpenAIRoutes):
         return self._with_defaults(body) or thinks or is_changed
 
     def check_completion(self, body: dict[str, Any], model: Model) -> bool:
-        super().check_completion(body, model)
-        return self._with_defaults(body)
+        has_preset = super().check_completion(body, model)
+        return self._with_defaults(body) or has_preset
 
     @staticmethod
     def _with_defaults(body: dict[str, Any]) -> bool:
