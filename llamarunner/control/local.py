@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamarunner import __version__
 from llamarunner.catalog.catalog import Catalog, Model
@@ -126,7 +126,9 @@ class LocalBackend:
             return model_view(model, residence, hardware, self._sources.requests.last_rate(model.name))
         view = self._asleep.get(model.name)
         if view is None:
-            view = self._asleep[model.name] = model_view(model, None, hardware, None)
+            pinned, by = self._sources.manager.pin_of(model)
+            view = replace(model_view(model, None, hardware, None), pinned=pinned, pinned_by=by)
+            self._asleep[model.name] = view
         return view
 
     def logs(self, source: str, after: int = 0, limit: int = 500) -> LogPage:

@@ -82,7 +82,7 @@ def model_view(model: Model, residence: Residence | None, hardware: HardwareSamp
         capabilities=tuple(sorted(model.capabilities)),
         problem=model.problem or (failure.message if failure is not None else _hung_text(residence)),
         hint=model.hint or (failure.hint if failure is not None else ""),
-        pinned=residence.pinned if residence is not None else settings.pin,
+        pinned=residence.pinned if residence is not None else False,
         pinned_by=residence.pinned_by if residence is not None else "",
         tags=tuple(settings.tags),
         priority=settings.priority,

@@ -343,6 +343,10 @@ class RunnerManager:
         runner of another that is started alike."""
         return self._places.residence(name)
 
+    def pin_of(self, model: Model) -> tuple[bool, str]:
+        """Whether it stays once it is loaded, and by which of its tags."""
+        return self._places.pin_of(model)
+
     def devices(self) -> Sequence[Device]:
         """With what each is used for, by ours and by others; () where nothing is measured."""
         return self._places.devices()

@@ -59,12 +59,16 @@ class Places:
         if place is None:
             place = self._places[name] = Place(name, own, Waiters(self._settings.max_wait), model.runner_name)
         place.base, place.model = model, own
-        staying = [tag for tag in settings.tags if tag in self._settings.always_stay]
-        place.pinned, place.pinned_by = settings.pin or bool(staying), next(iter(staying), "")
+        place.pinned, place.pinned_by = self.pin_of(model)
         place.apart = frozenset(settings.tags) & frozenset(self._settings.never_together)
         if (runs_it := self._engines.get(engine)) is not None:
             place.engine_kind, place.is_local = runs_it.kind, runs_it.is_local
         return place
+
+    def pin_of(self, model: Model) -> tuple[bool, str]:
+        """Whether it stays once it is loaded, and by which of its tags."""
+        staying = [tag for tag in model.settings.tags if tag in self._settings.always_stay]
+        return model.settings.pin or bool(staying), next(iter(staying), "")
 
     def replicas(self, name: str) -> list[Place]:
         """Of the model of this name, or of the one it shares its runners with; none where nobody ever asked for it."""

@@ -228,6 +228,9 @@ class Manager:
     def devices(self) -> list[Device]:
         return []
 
+    def pin_of(self, model: Model) -> tuple[bool, str]:
+        return model.settings.pin, "chat" if model.settings.pin else ""
+
 
 class Proxy:
     name, title, is_enabled, is_running, host, port = "ollama", "Ollama", True, False, "127.0.0.1", 11434
@@ -298,7 +301,7 @@ def test_models_that_never_ran_are_looked_at_once() -> None:
     assert backend.snapshot().models[0].state is RunnerState.READY
     manager.place = None
     catalogs.append(Catalog([a_model(pin=True)]))
-    assert backend.snapshot().models[0].pinned, "the catalogue has another of that name now"
+    assert backend.snapshot().models[0].pinned_by == "chat", "the catalogue has another of that name now"
 
 
 def test_progress_and_activity_count_as_changes_of_the_models() -> None:

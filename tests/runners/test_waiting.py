@@ -162,7 +162,7 @@ async def test_models_with_a_tag_that_stay_are_not_unloaded_for_idleness(make_st
     stage = make_stage(always_stay=["small"])
     model = with_settings(stage.model("a", keep_alive=0.05), tags=["small"])
     await use(stage, model)
-    assert stage.at("a").pinned
+    assert (stage.at("a").pinned, stage.at("a").pinned_by) == (True, "small")
     assert stage.at("a").idle_left_s == float("inf")
 
 
