@@ -17,6 +17,7 @@ from llamarunner.engines.engine import Engine
 from llamarunner.errors import EngineError, EngineGoneError, EngineMissingError, LlamaRunnerError, LoadError
 from llamarunner.events import EventBus, RequestPhase
 from llamarunner.runners.crash import CauseKind
+from llamarunner.runners.demand import NO_DEMAND, Demand
 from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.hangs import watch_for_hang
 from llamarunner.runners.ledger import Ledger, placed
@@ -32,8 +33,8 @@ class Desk(Protocol):
 
     def on_ready(self, place: Place) -> None: ...
 
-    def on_failed(self, place: Place, error: EngineError) -> None:
-        """Those who wait for `place` will not get it."""
+    def on_failed(self, place: Place, error: EngineError, demand: Demand = NO_DEMAND) -> None:
+        """Those who wait for `place` will not get it; where there is a `demand`, those alone who share it."""
         ...
 
     def on_room(self) -> None:
@@ -159,12 +160,16 @@ class Loads:
     def _give_up(self, place: Place, runner: Runner, error: EngineError) -> None:
         if place.runner is runner and not place.stopping:  # else whoever stops it tidies up
             place.runner = None
-            self.fail(place, error)
+            if place.demanded != NO_DEMAND:
+                place.failed_demands.failed(place.demanded, error, time.monotonic())
+            self.fail(place, error, place.demanded)
 
-    def fail(self, place: Place, error: EngineError) -> None:
+    def fail(self, place: Place, error: EngineError, demand: Demand = NO_DEMAND) -> None:
+        """The place's model cannot be loaded, or not as requests `demand` it."""
         place.is_second_try = False
-        self._note_failure(place, error)
-        self._desk.on_failed(place, error)
+        if demand == NO_DEMAND:
+            self._note_failure(place, error)
+        self._desk.on_failed(place, error, demand)
 
     def _note_failure(self, place: Place, error: EngineError) -> None:
         place.failure, place.failed_at = error, time.monotonic()

@@ -33,7 +33,7 @@ from llamarunner.runners.guardian import Guardian
 from llamarunner.runners.ledger import Ledger, NoGauge
 from llamarunner.runners.loads import Loads
 from llamarunner.runners.outlook import Outlook
-from llamarunner.runners.place import Place, Residence
+from llamarunner.runners.place import Place, Residence, not_yet
 from llamarunner.runners.placement import Device
 from llamarunner.runners.places import Places
 from llamarunner.runners.runner import EngineLog, Runner
@@ -159,6 +159,8 @@ class RunnerManager:
         if place.can_serve_now(demand) and place.runner is not None:
             self._count_lease(place, keep_alive_s, priority)
             return place, place.runner
+        if (failed := place.failed_demands.lately(demand, time.monotonic())) is not None:
+            raise not_yet(*failed)
         self._refuse_when_full(place, places)
         granted: asyncio.Future[tuple[Place, Runner]] = self._loop.create_future()
         number, since = next(self._numbers), time.monotonic()
@@ -247,10 +249,14 @@ class RunnerManager:
     def on_ready(self, place: Place) -> None:
         self._serve_waiters(place)
 
-    def on_failed(self, place: Place, error: EngineError) -> None:
-        """Those who waited go to another replica that may serve them, or are told."""
+    def on_failed(self, place: Place, error: EngineError, demand: Demand = NO_DEMAND) -> None:
+        """Those who waited go to another replica that may serve them, or are told. Where it was for what one of them
+        demanded, the others wait on for a load of their own."""
         now = time.monotonic()
         for waiter in place.waiters.take_all():
+            if demand not in (NO_DEMAND, waiter.demand):
+                place.waiters.add(waiter)
+                continue
             waiter.tried.add(place.name)
             others = [p for p in self._places.replicas(place.group) if p.name not in waiter.tried]
             others = [other for other in others if not replicas.is_ejected(other, now)]
@@ -259,6 +265,8 @@ class RunnerManager:
                 self._loop.call_soon(self._reconsider)
             elif not waiter.granted.done():
                 waiter.granted.set_exception(error)
+        if place.waiters:
+            self._loop.call_soon(self._reconsider)
         for other in self._places.replicas(place.group):
             self._serve_waiters(other)
 
@@ -271,6 +279,7 @@ class RunnerManager:
         """Return once `model` is ready. Raises as `acquire` does. A person asks: earlier failures do not count."""
         for place in self._places.replicas(model.name):
             place.restarts.reset()
+            place.failed_demands.reset()
             replicas.answered(place)
             if place.runner is None:
                 place.failure = None
@@ -385,7 +394,8 @@ class RunnerManager:
                     if place.runner is not None:
                         place.runner.drain(reason)
                 case Refuse() as refusal:
-                    self._loads.fail(place, _as_error(refusal))
+                    demand = place.waiters.leader(time.monotonic()).demand if place.waiters else NO_DEMAND
+                    self._loads.fail(place, _as_error(refusal), demand)
         if self._wake is not None:
             self._wake.cancel()
         if math.isinf(decision.wake_at):

@@ -13,6 +13,7 @@ from llamarunner.errors import EngineError, LoadError
 from llamarunner.events import RunnerState
 from llamarunner.runners.demand import NO_DEMAND, Demand
 from llamarunner.runners.facts import Resident, protected_until
+from llamarunner.runners.failed_demands import FailedDemands
 from llamarunner.runners.memory import Need
 from llamarunner.runners.placement import Placement
 from llamarunner.runners.restarts import OPEN_AFTER, WINDOW_S, Restarts
@@ -85,6 +86,7 @@ class Place:
     restarts: Restarts = field(default_factory=Restarts)
     failure: EngineError | None = None  # of the newest load or run, until the next one begins
     failed_at: float = 0.0
+    failed_demands: FailedDemands = field(default_factory=FailedDemands)
     stopping: bool = False
     hung_s: float | None = None  # its runner owes an answer and has given no sign of life for so long, or None
     placement: Placement | None = None  # of its runner, or of the last it had
@@ -233,7 +235,7 @@ def _sum(sizes: Sequence[int | None]) -> int | None:
     return sum(known) if known else None
 
 
-def not_yet(failure: EngineError, wait_s: float, is_open: bool) -> EngineError:
+def not_yet(failure: EngineError, wait_s: float, is_open: bool = False) -> EngineError:
     """The failure again, and when the next try is."""
     if is_open:
         often = f"it failed {OPEN_AFTER} times within {format_duration(WINDOW_S)}"
