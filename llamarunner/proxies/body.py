@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import orjson
@@ -20,6 +21,23 @@ class QuotingError(RequestError):
     def __init__(self, message: str, *, summary: str) -> None:
         super().__init__(message)
         self.summary = summary
+
+
+class LoneSurrogateError(RequestError):
+    """Half of what two escapes make together."""
+
+
+async def read_object(request: web.Request, *, into: str = "an object") -> tuple[bytes, dict[str, Any]]:
+    """The body, and the JSON object in it: see `parse_object`.
+
+    Clients that cut a text in the midst of an emoji send half of a surrogate pair. Go's decoder makes U+FFFD of it, and
+    so do we, as neither our decoder nor llama-server's takes it."""
+    raw = await read_body(request)
+    try:
+        return raw, parse_object(raw, into=into)
+    except LoneSurrogateError:
+        raw = without_lone_surrogates(raw)
+        return raw, parse_object(raw, into=into)
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -58,10 +76,20 @@ def parse_object(raw: bytes, *, into: str = "an object") -> dict[str, Any]:
     try:
         parsed = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise RequestError(_syntax_error(raw, error)) from None
+        kind = LoneSurrogateError if error.msg.endswith("surrogate in string") else RequestError
+        raise kind(_syntax_error(raw, error)) from None
     if not isinstance(parsed, dict):
         raise RequestError(f"json: cannot unmarshal {json_kind(parsed)} into {into}")
     return parsed
+
+
+def without_lone_surrogates(raw: bytes) -> bytes:
+    """The same JSON with U+FFFD for each; what is no JSON for another reason stays as it is."""
+    try:
+        text = json.dumps(json.loads(raw), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return raw
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _syntax_error(raw: bytes, error: orjson.JSONDecodeError) -> str:
@@ -70,6 +98,8 @@ def _syntax_error(raw: bytes, error: orjson.JSONDecodeError) -> str:
     text = raw.decode("utf-8", "replace")
     if "depth" in error.msg:
         return "json: exceeded max depth"
+    if "infinity" in error.msg:
+        return "json: cannot unmarshal number into Go value of type float64"
     if error.pos >= len(text.rstrip()):
         return "unexpected EOF"
     if "\ufffd" in text and "utf-8" in error.msg.lower():

@@ -17,7 +17,7 @@ from aiohttp import web
 from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.errors import EngineRefusalError, RequestError, UnsupportedError
 from llamarunner.events import RequestTrace
-from llamarunner.proxies.body import QuotingError, json_kind, parse_object, read_body
+from llamarunner.proxies.body import QuotingError, json_kind, read_object
 from llamarunner.proxies.detour import Detour, dimensions_detour, infill_detour
 from llamarunner.proxies.dialect import Dialect, json_response
 from llamarunner.proxies.extras import check_detokenize, check_rerank, check_tokenize
@@ -153,8 +153,7 @@ class OpenAIRoutes(ABC):
         """The route of one API. `amend` makes, for each answer, what changes it, in place of the dialect's own."""
 
         async def forward(request: web.Request, trace: RequestTrace) -> web.StreamResponse:
-            raw = await read_body(request)
-            body = parse_object(raw)
+            raw, body = await read_object(request)
             model = self.begin(body, trace)
             if check(body, model):
                 raw = orjson.dumps(body)

@@ -425,6 +425,15 @@ def compressed(data: bytes, encoding: str) -> bytes:
     return gzip.compress(data) if encoding == "gzip" else zstd.compress(data)
 
 
+@pytest.mark.parametrize("path", [*ASK, "/api/chat"])
+async def test_half_an_emoji_reaches_no_engine(fake: Serving, path: str) -> None:
+    whole = json.dumps({"model": "smol", **ASK.get(path, {"messages": HI})})
+    cut = whole.replace("Hi", r"\ud83d cut")
+    async with aiohttp.ClientSession(fake.ollama) as session, session.post(path, data=cut) as answer:
+        assert answer.status == 200, await answer.text()
+    assert "\ufffd cut" in json.dumps(fake.scripts["smol"].asked(), ensure_ascii=False)
+
+
 @pytest.mark.parametrize("encoding", ["zstd", "gzip"])
 async def test_compressed_bodies(fake: Serving, port: str, encoding: str) -> None:
     body = json.dumps({"model": "smol", "input": "Hi " * 1000}).encode()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamarunner.errors import RequestError
-from llamarunner.proxies.body import parse_object
+from llamarunner.proxies.body import LoneSurrogateError, parse_object, without_lone_surrogates
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ from llamarunner.proxies.body import parse_object
         (b'{"model": "a"', "unexpected EOF"),
         (b"hello", "invalid character 'h' looking for beginning of value"),
         (b'{"a": nope}', "invalid character 'n' looking for beginning of value"),
+        (b'{"keep_alive": 1e400}', "json: cannot unmarshal number into Go value of type float64"),
         (b"[1]", "json: cannot unmarshal array into an object"),
         (b'"text"', "json: cannot unmarshal string into an object"),
         (b"null", "json: cannot unmarshal null into an object"),
@@ -35,6 +36,25 @@ def test_each_mistake_has_its_word(raw: bytes, words: str) -> None:
         parse_object(raw)
     assert refused.value.message == words
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("sent", "read"),
+    [
+        (r"\ud83d", "\ufffd"), (r"a\uD83Db\uDE00c", "a\ufffdb\ufffdc"), (r"\ude00\ud83d", "\ufffd\ufffd"),
+        (r"\ud83d\ud83d\ude00", "\ufffd😀"), (r"\\ud83d\ude00", "\\ud83d\ufffd"),
+    ],
+)  # fmt: skip
+def test_half_an_emoji_is_read_as_go_reads_it(sent: str, read: str) -> None:
+    raw = b'{"a": "%s", "b": [1.5, "\\ud83d\\ude00"]}' % sent.encode()
+    with pytest.raises(LoneSurrogateError):
+        parse_object(raw)
+    assert parse_object(without_lone_surrogates(raw)) == {"a": read, "b": [1.5, "😀"]}
+
+
+@pytest.mark.parametrize("raw", [b'{"a": "\\ud83d"', b"[" * 5000, b'{"a": "\\ud83d", "b": ' + b"9" * 5000])
+def test_what_is_wrong_besides_stays_so(raw: bytes) -> None:
+    assert without_lone_surrogates(raw) == raw
 
 
 @given(st.binary(max_size=200))

@@ -36,7 +36,7 @@ def test_a_template_of_one_turn() -> None:
         ("{{ if .Suffix }}x{{ else if .System }}y{{ else if .Prompt }}z{{ end }}", "y"),
         ("{{ if .System }}x{{ else if .M }}{{ range .M }}{{ end }}y{{ else }}{{ .Tools }}{{ end }}|", "x|"),
         ("{{ if .Suffix }}{{ range .M }}{{ if eq .R 1 }}{{ else if x }}{{ end }}{{ end }}{{ else }}z{{ end }}", "z"),
-        ("a{{ .Response }}b", "a"), ("{{ if .Suffix }}{{ .Response }}{{ end }}b", "b"), ("{{", "{{"),
+        ("a{{ .Response }}b", "a"), ("{{ if .Suffix }}{{ .Response }}{{ end }}b", "b"), ("}}", "}}"),
     ],
 )  # fmt: skip
 def test_actions(template: str, rendered: str) -> None:
@@ -49,6 +49,7 @@ def test_actions(template: str, rendered: str) -> None:
         "{{ if .Suffix }}x{{ else if .Messages }}y{{ end }}",
         "{{ range .Messages }}{{ .Content }}{{ end }}", "{{ .Tools }}", "{{ end }}", "{{ else }}", "{{ if .System }}x",
         '{{ if eq .System "x" }}y{{ end }}', "{{ $x := .Prompt }}", "{{}}", "{{ if .System .Prompt }}x{{ end }}",
+        "{{", "x{{ .Prompt", "{{ .Prompt }}{{ if .System",
     ],
 )  # fmt: skip
 def test_what_needs_more_is_refused(template: str) -> None:

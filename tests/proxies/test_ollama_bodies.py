@@ -244,5 +244,6 @@ def test_a_models_own_template_fills_in() -> None:
     path, body = plan(replace(MODEL, preset=Preset(template=fim)), suffix="s")
     assert (path, body["prompt"]) == ("/completion", "<pre>?<suf>s<mid>")
     assert plan(suffix="s")[0] == "/infill"
-    with pytest.raises(RequestError, match="m does not support insert"):
-        plan(replace(MODEL, details=ModelDetails()), suffix="s")
+    for raw in (False, True):
+        with pytest.raises(RequestError, match="m does not support insert"):
+            plan(replace(MODEL, details=ModelDetails()), suffix="s", raw=raw)

@@ -81,7 +81,8 @@ def test_keep_alive(value: object, seconds: float | None) -> None:
     ("value", "message"),
     [("10", 'time: missing unit in duration "10"'), ("abc", 'time: invalid duration "abc"'),
      (True, "Unsupported type: 'bool'"),
-     ([], "Unsupported type: 'array'"), ({}, "Unsupported type: 'object'"), ("", 'time: invalid duration ""')],
+     ([], "Unsupported type: '[]interface {}'"), ({}, "Unsupported type: 'map[string]interface {}'"),
+     ("", 'time: invalid duration ""')],
 )  # fmt: skip
 def test_what_is_no_keep_alive(value: object, message: str) -> None:
     with pytest.raises(RequestError) as refused:

@@ -13,7 +13,7 @@ from aiohttp import web
 from llamarunner.catalog.catalog import Model
 from llamarunner.errors import EngineGoneError, LlamaRunnerError
 from llamarunner.events import RequestTrace
-from llamarunner.proxies.body import json_kind, parse_object, read_body
+from llamarunner.proxies.body import json_kind, read_object
 from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.figures import note_figures
 from llamarunner.proxies.lmstudio import describe
@@ -81,8 +81,7 @@ class LMStudioDialect:
         return describe.model_v0(model, self._relay.manager.residence(model.name))
 
     async def _chat(self, request: web.Request, trace: RequestTrace) -> web.StreamResponse:
-        raw = await read_body(request)
-        body = parse_object(raw)
+        raw, body = await read_object(request)
         model = self._openai.begin(body, trace)
         if self._openai.check_chat(body, model):
             raw = orjson.dumps(body)

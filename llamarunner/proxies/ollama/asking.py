@@ -14,7 +14,7 @@ from aiohttp import web
 from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import ClientContext
 from llamarunner.events import RequestTrace
-from llamarunner.proxies.body import parse_object, read_body
+from llamarunner.proxies.body import read_object
 from llamarunner.proxies.dialect import json_response
 from llamarunner.proxies.ollama.answer import bare_reply
 from llamarunner.proxies.ollama.demands import demand_of
@@ -116,5 +116,5 @@ class Asking:
 
 async def read_fields(request: web.Request, struct: str) -> dict[str, Any]:
     """The body's fields, in lower case: to Go, `Model` is `model`. `struct` is its name for the request."""
-    body = parse_object(await read_body(request), into=f"Go value of type api.{struct}")
+    _, body = await read_object(request, into=f"Go value of type api.{struct}")
     return check_request({key.lower(): value for key, value in body.items()}, struct)

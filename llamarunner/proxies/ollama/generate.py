@@ -26,6 +26,8 @@ def plan(request: Mapping[str, Any], model: Model) -> tuple[str, dict[str, Any]]
     it is text that only the engine can render. Raises RequestError for what contradicts itself or cannot be done."""
     if model.is_embedding_only:
         raise UnsupportedError(f'"{request["model"]}" does not support generate')
+    if request.get("suffix") and Capability.INSERT not in model.capabilities:
+        raise UnsupportedError(f"{model.name} does not support insert")
     if request.get("raw"):
         if any(request.get(name) for name in ("template", "system", "context")):
             raise RequestError("raw mode does not support template, system, or context")
@@ -82,8 +84,6 @@ def completion_body(request: Mapping[str, Any], model: Model, prompt: str | Sequ
 
 def _filling(request: Mapping[str, Any], model: Model) -> tuple[str, dict[str, Any]]:
     """What goes between `prompt` and `suffix`: by the template that the model has for it, or the engine's own way."""
-    if Capability.INSERT not in model.capabilities:
-        raise UnsupportedError(f"{model.name} does not support insert")
     prompt, suffix, template = request["prompt"], request["suffix"], model.preset.template
     if ".Suffix" in template:
         return COMPLETION, completion_body(request, model, render(template, "", prompt, suffix))

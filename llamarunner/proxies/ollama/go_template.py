@@ -93,4 +93,6 @@ def _pieces(template: str) -> Iterator[tuple[str, str | None]]:
         yield (text.rstrip() if match[1] else text), match[2]
         at, trim = match.end(), bool(match[3])
     rest = template[at:]
+    if "{{" in rest:
+        raise UnsupportedError("this template has a `{{` without its `}}`")
     yield (rest.lstrip() if trim else rest), None

@@ -10,7 +10,7 @@ import orjson
 
 from llamarunner.catalog.catalog import Capability, Model
 from llamarunner.errors import RequestError, UnsupportedError
-from llamarunner.proxies.body import QuotingError, json_kind
+from llamarunner.proxies.body import QuotingError
 from llamarunner.proxies.ollama.options import effective, sampling
 from llamarunner.units import parse_duration
 
@@ -41,8 +41,8 @@ def keep_alive_s(value: Any) -> float | None:
     match value:
         case None:
             return None
-        case bool() | list() | dict():
-            raise RequestError(f"Unsupported type: '{json_kind(value)}'")
+        case bool():
+            raise RequestError("Unsupported type: 'bool'")
         case int() | float():
             seconds = float(value)
         case str():
@@ -51,7 +51,8 @@ def keep_alive_s(value: Any) -> float | None:
             except ValueError as error:
                 raise QuotingError(str(error), summary="keep_alive is no duration") from None
         case _:
-            raise RequestError(f"Unsupported type: '{json_kind(value)}'")
+            kind = "[]interface {}" if isinstance(value, list) else "map[string]interface {}"
+            raise RequestError(f"Unsupported type: '{kind}'")
     return math.inf if seconds < 0 else seconds
 
 
