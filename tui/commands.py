@@ -36,9 +36,9 @@ class Commands:
         return self._running.get(name, "")
 
     async def load(self, model: ModelView) -> None:
-        name = model.name
-        if model.state is RunnerState.READY:
-            self._app.tell(f"{name} is already loaded.")
+        name, serving = model.name, self._serving(model)
+        if serving is not None and serving.state is RunnerState.READY:
+            self._app.tell(f"{name} is already loaded{_as(serving, name)}.")
             return
         flight = in_flight(other for other in self._app.snapshot.models if other.name != name)
         if flight:
@@ -55,6 +55,7 @@ class Commands:
         await self._carry_out(name, "loaded", self._app.backend.load(name), frozenset({RunnerState.READY}))
 
     async def unload(self, model: ModelView) -> None:
+        model = self._serving(model) or model
         name = model.name
         if not _has_runner(model):
             self._app.tell(f"{name} is not loaded.")
@@ -68,6 +69,14 @@ class Commands:
         answer = await self._app.ask(f"Unload {name}?", text, _ways_to_unload(flight), chosen=0)
         if answer:
             await self._end([name], force=answer == "now")
+
+    def _serving(self, model: ModelView | None) -> ModelView | None:
+        """Of those that share a runner, the one that has it; else the model itself."""
+        if model is None:
+            return None
+        group = model.runs_as or model.name
+        sharing = (each for each in self._app.snapshot.models if (each.runs_as or each.name) == group)
+        return next((each for each in sharing if _has_runner(each)), model)
 
     async def unload_all(self) -> None:
         self._app.pull()
@@ -151,10 +160,14 @@ class Commands:
         deadline = time.monotonic() + _CONFIRM_S
         while True:
             self._app.pull()
-            model = self._app.model(name)
+            model = self._serving(self._app.model(name))
             if model is None or model.state in wanted or time.monotonic() > deadline:
                 return model.state if model else None
             await asyncio.sleep(_CONFIRM_POLL_S)
+
+
+def _as(serving: ModelView, name: str) -> str:
+    return f" as {serving.name}" if serving.name != name else ""
 
 
 def _has_runner(model: ModelView) -> bool:

@@ -121,9 +121,10 @@ class LocalBackend:
 
     def _model_view(self, model: Model, hardware: HardwareSample) -> ModelView:
         residence = self._sources.manager.residence(model.name)
-        if residence is not None:
+        rate = self._sources.requests.last_rate(model.name)
+        if residence is not None or rate is not None:
             self._asleep.pop(model.name, None)
-            return model_view(model, residence, hardware, self._sources.requests.last_rate(model.name))
+            return model_view(model, residence, hardware, rate)
         view = self._asleep.get(model.name)
         if view is None:
             pinned, by = self._sources.manager.pin_of(model)

@@ -87,6 +87,7 @@ class ModelView:
     keep_alive_s: float = 0.0  # in force: what the newest request asked, else what is configured
     keep_alive_min_s: float = 0.0  # bounds of what requests may ask
     keep_alive_max_s: float | None = None
+    runs_as: str = ""  # the model whose runner serves it too: they are started alike
     replica_count: int = 1  # configured
     replicas: tuple[ReplicaView, ...] = ()  # where there are several, and it was loaded once
     # of the runner

@@ -118,6 +118,7 @@ def test_why_a_model_is_where_it_is() -> None:
     assert view.shares == (ShareView("gpu0", 33, 90, 100), ShareView("ram", None, 10, None))
     asleep = model_view(Model("qwen", Path("/qwen.gguf"), settings), None, NO_HARDWARE, None)
     assert (asleep.keep_alive_s, asleep.replicas, asleep.shares) == (300.0, (), ())
+    assert model_view(a_model(runs_as="qwen3"), None, NO_HARDWARE, None).runs_as == "qwen3"
 
 
 class LoadingRunner(LoadedRunner):

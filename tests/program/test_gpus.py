@@ -33,6 +33,7 @@ def state(home: Home, library: Path) -> Path:
 
 
 def model(name: str, **more: object) -> str:
+    more = {"tags": [name], **more}  # or those of one file would share a runner
     keys = "".join(f"{key} = {json.dumps(value)}\n" for key, value in more.items())
     return f"[models.{name}]\npath = {str(smollm2())!r}\nengine = 'fake'\n{keys}"
 

@@ -316,6 +316,23 @@ async def test_unload_of_one_that_loads_says_who_is_refused(run_app: RunApp) -> 
         await until(pilot, lambda: toasts(app) == ["mistral-small-24b is not loaded."], "the toast")
 
 
+async def test_models_that_share_a_runner_are_loaded_and_unloaded_by_any_name(run_app: RunApp) -> None:
+    backend = FakeBackend.of("empty")
+    first, second = model("first", RunnerState.READY, slots=1), model("second", runs_as="first")
+    backend.current = replace(backend.current, models=(second, first))
+    async with run_app(backend) as (app, pilot):
+        await pilot.press("L")
+        await until(pilot, lambda: toasts(app) == ["second is already loaded as first."], "the toast")
+        await pilot.press("U")
+        await until(pilot, lambda: isinstance(app.screen, Choice), "the question")
+        assert "Unload first?" in shown(app)
+        await pilot.press("y")
+        await until(pilot, lambda: backend.commands == [("unload", "first")], "the command")
+        await until(pilot, lambda: isinstance(app.screen, MainScreen), "the main screen")
+        await pilot.press("enter")
+        await until(pilot, lambda: "first: both are started alike" in shown(app), "the detail")
+
+
 @pytest.mark.parametrize(("key", "command"), [("y", "unload"), ("k", "unload now")])
 async def test_all_models_are_unloaded(run_app: RunApp, key: str, command: str) -> None:
     backend = FakeBackend.of("busy")

@@ -68,6 +68,7 @@ def _state(model: ModelView) -> list[Fact]:
         ("problem", model.problem if model.problem != model.reason else "", "bad-strong"),
         ("what helps", model.hint, "accent"),
         ("next try", _next_try(model), "warn"),
+        ("runs as", f"{model.runs_as}: both are started alike and share a runner" if model.runs_as else "", ""),
         ("loaded so far", words.percent(model.progress) if model.progress is not None else "", style),
         ("demanded", f"{model.demanded}: as a request asked, not as configured" if model.demanded else "", "accent"),
     ]
