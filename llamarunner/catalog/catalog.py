@@ -170,7 +170,7 @@ class Catalog:
 
     def _add(self, model: Model) -> None:
         alike = next((m for m in self._by_path.get(model.path, ()) if m.is_launched_like(model)), None)
-        if alike is not None:
+        if alike is not None and model.source != "config":  # a table of its own is meant to run on its own
             model = replace(model, runs_as=alike.name)
         else:
             self._by_path.setdefault(model.path, []).append(model)

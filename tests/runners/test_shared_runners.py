@@ -19,8 +19,8 @@ from llamarunner.events import RunnerState
 
 def presets(base: Model) -> tuple[Model, Model, Model]:
     """The base, one with a system prompt of its own, and one that is started otherwise."""
-    pirate = replace(base, name="pirate", preset=Preset({"temperature": 0.1}, system="Arr."))
-    long = replace(base, name="long", settings=base.settings.model_copy(update={"context": 16384}))
+    pirate = replace(base, name="pirate", source="library", preset=Preset({"temperature": 0.1}, system="Arr."))
+    long = replace(base, name="long", source="library", settings=base.settings.model_copy(update={"context": 16384}))
     first, second, third = Catalog([base, pirate, long])
     return first, second, third
 
@@ -29,8 +29,9 @@ def test_those_that_are_started_alike_share_a_runner() -> None:
     base, pirate, long = presets(Model("base", Path("/a.gguf"), ModelSettings()))
     assert [model.runner_name for model in (base, pirate, long)] == ["base", "base", "long"]
     other = Model("other", Path("/b.gguf"), ModelSettings())
-    tuned = replace(base, name="tuned", adapters=(Path("/lora.gguf"),))
-    assert [model.runner_name for model in Catalog([base, other, tuned])] == ["base", "other", "tuned"]
+    tuned = replace(base, name="tuned", source="library", adapters=(Path("/lora.gguf"),))
+    table = replace(base, name="table")  # of the configuration
+    assert [model.runner_name for model in Catalog([base, other, tuned, table])] == ["base", "other", "tuned", "table"]
 
 
 async def test_the_second_finds_the_first_ones_runner_loaded(make_stage: Any) -> None:
