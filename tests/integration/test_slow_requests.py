@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from serving import Serving
 from wire import connection, read_answer, read_head, request_bytes
 
-from tests.conftest import RunService
-
+RunService = Callable[..., Any]
 SERVER = {"request_timeout": "500ms"}
 CHAT = {"model": "a", "messages": [{"role": "user", "content": "hi"}], "stream": False}
 
