@@ -248,6 +248,8 @@ class RunnerManager:
 
     def on_ready(self, place: Place) -> None:
         self._serve_waiters(place)
+        for waiter in place.waiters:  # for a slot, from now on
+            self._mark_waiting(place, waiter)
 
     def on_failed(self, place: Place, error: EngineError, demand: Demand = NO_DEMAND) -> None:
         """Those who waited go to another replica that may serve them, or are told. Where it was for what one of them

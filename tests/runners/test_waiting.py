@@ -15,7 +15,7 @@ from test_manager import use
 
 from llamarunner.catalog.catalog import Model
 from llamarunner.errors import LoadError, OverloadedError
-from llamarunner.events import RequestTrace, RunnerState
+from llamarunner.events import RequestPhase, RequestTrace, RunnerState
 from llamarunner.runners.waiters import Waiter, Waiters
 
 
@@ -47,6 +47,18 @@ async def test_of_one_model_the_higher_priority_goes_first(make_stage: Any) -> N
     hold.set()
     await asyncio.gather(holder, *waiters)
     assert served == ["urgent", "first", "second", "low"]
+
+
+async def test_who_finds_no_slot_once_the_model_is_loaded_waits_for_one(make_stage: Any) -> None:
+    stage = make_stage()
+    model = with_settings(stage.model("a", load_s=0.1), max_requests=1)
+    hold, traces = asyncio.Event(), [trace(), trace()]
+    tasks = [asyncio.create_task(use(stage, model, hold, trace=each)) for each in traces]
+    await soon(lambda: traces[1].phase is RequestPhase.LOADING)
+    await soon(lambda: stage.at("a").in_flight)
+    assert [each.phase for each in traces] == [RequestPhase.PROMPT, RequestPhase.QUEUED]
+    hold.set()
+    await asyncio.gather(*tasks)
 
 
 async def test_a_model_of_higher_priority_is_loaded_before_one_that_waits_longer(make_stage: Any) -> None:
