@@ -77,7 +77,7 @@ async def _remove(loaded: LoadedConfig, name: str) -> None:
     catalog = await asyncio.to_thread(discover, loaded.config, headers=kept_headers())
     library = open_library(loaded.config)
     pulls = Pulls(library, _nobody_to_tell)
-    librarian = Librarian(library, pulls, catalog=lambda: catalog, rescan=_nobody_to_tell, expire=lambda _model: None)
+    librarian = Librarian(library, pulls, catalog=lambda: catalog, rescan=_nobody_to_tell)
     await librarian.delete(name)
 
 

@@ -138,7 +138,6 @@ class Service:
             self._pulls,
             catalog=lambda: self._catalog,
             rescan=self._rescan,
-            expire=self._manager.expire,
         )
         self.proxies = [
             self._proxy(
@@ -279,6 +278,8 @@ class Service:
             taken = [each for model in models for each in (model.name, *model.aliases)]
             models += models_of(name, ids, self._config.defaults, taken)
         self._catalog = Catalog(models)
+        if self._manager is not None:
+            self._manager.adopt(self._catalog)
 
     def _addresses(self) -> dict[str, tuple[str, int]]:
         return {proxy.name: (proxy.host, proxy.port) for proxy in self.proxies if proxy.is_running}

@@ -104,8 +104,12 @@ class Model:
 
     def is_launched_like(self, other: Model) -> bool:
         """Whether an engine started for the one serves the other."""
-        launch = attrgetter("path", "mmproj", "adapters", "chat_template", "settings", "is_remote")
-        return launch(self) == launch(other)
+        launch = attrgetter("chat_template", "settings", "is_remote")
+        return self.has_files_of(other) and launch(self) == launch(other)
+
+    def has_files_of(self, other: Model) -> bool:
+        files = attrgetter("path", "mmproj", "adapters")
+        return files(self) == files(other)
 
     @property
     def capabilities(self) -> frozenset[Capability]:

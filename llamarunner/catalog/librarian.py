@@ -34,8 +34,7 @@ class NotOursError(RequestError):
 
 
 class Librarian:
-    """`catalog` gives the models there are, `rescan` is awaited after each change of the library, and `expire` unloads
-    a model as soon as nobody uses it."""
+    """`catalog` gives the models there are; `rescan` is awaited after each change of the library."""
 
     def __init__(
         self,
@@ -44,19 +43,16 @@ class Librarian:
         *,
         catalog: Callable[[], Catalog],
         rescan: Callable[[], Awaitable[None]],
-        expire: Callable[[Model], None],
     ) -> None:
         self.library = library
         self.pulls = pulls
         self._catalog = catalog
         self._rescan = rescan
-        self._expire = expire
 
     async def create(self, name: ModelName, recipe: Recipe, base: str = "") -> AsyncGenerator[Progress, None]:
         """Make a model of `recipe` and, where one is named, of the model `base`, which is pulled where there is none.
         Tells what is done. Raises LlamaRunnerError; before the first line where the request itself is wrong."""
         await self._check_free(name)
-        before = self._catalog().get(name.short)
         if base:
             if self._catalog().get(base) is None:
                 async with aclosing(self.pulls.pull(base)) as lines:
@@ -67,32 +63,27 @@ class Librarian:
         for status in await asyncio.to_thread(create, self.library, name, recipe):
             yield Progress(status)
         await self._rescan()
-        self._expire_changed(before)
         yield Progress("success")
 
     async def copy(self, source: str, destination: ModelName) -> None:
         """A second name for a model, whether it is ours or not. Raises ModelNotFoundError, NotOursError where the name
         is another's, LibraryError."""
         await self._check_free(destination)
-        before = self._catalog().get(destination.short)
         if (manifest := await self._find(source)) is not None:
             await asyncio.to_thread(self.library.copy, manifest, destination)
         else:
             await asyncio.to_thread(create, self.library, destination, Recipe(self._catalog().find(source)))
         await self._rescan()
-        self._expire_changed(before)
 
     async def delete(self, text: str) -> None:
-        """Remove a model of ours, and unload it. Raises ModelNotFoundError, NotOursError, LibraryError."""
+        """Remove a model of ours. Raises ModelNotFoundError, NotOursError, LibraryError."""
         manifest = await self._find(text)
-        before = self._catalog().get(text)
         if manifest is None:
-            if before is None:
+            if (known := self._catalog().get(text)) is None:
                 raise ModelNotFoundError(text)
-            raise NotOursError(before)
+            raise NotOursError(known)
         await asyncio.to_thread(self.library.delete, manifest.name)
         await self._rescan()
-        self._expire_changed(before)
 
     async def _find(self, text: str) -> Manifest | None:
         try:
@@ -106,11 +97,3 @@ class Librarian:
         known = self._catalog().get(name.short)
         if known is not None and await self._find(name.short) is None:
             raise NotOursError(known)
-
-    def _expire_changed(self, before: Model | None) -> None:
-        """Its process has what is no longer there, or no longer the same."""
-        if before is None:
-            return
-        after = self._catalog().get(before.name)
-        if after is None or (after.path, after.mmproj, after.adapters) != (before.path, before.mmproj, before.adapters):
-            self._expire(before)

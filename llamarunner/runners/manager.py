@@ -20,7 +20,7 @@ from pathlib import Path
 
 import aiohttp
 
-from llamarunner.catalog.catalog import Model
+from llamarunner.catalog.catalog import Catalog, Model
 from llamarunner.config.schema import SchedulerConfig
 from llamarunner.engines.engine import Engine, LaunchPlan
 from llamarunner.errors import DoesNotFitError, EngineError, EngineMissingError, LoadError, OverloadedError
@@ -316,6 +316,17 @@ class RunnerManager:
         for place in self._places.replicas(model.name):
             if place.runner is not None:
                 place.keep_alive_s = place.kept_alive(0.0)
+        self._reconsider()
+
+    def adopt(self, catalog: Catalog) -> None:
+        """The models there are now. Runners of those that are gone leave as soon as nobody uses them, unless they serve
+        another as well; those of models with other files take no new requests."""
+        gone, changed = self._places.adopt(catalog)
+        for place in gone:
+            place.keep_alive_s = 0.0
+        for place in changed:
+            if place.runner is not None:
+                place.runner.drain("its model has other files now")
         self._reconsider()
 
     def set_keep_alive(self, model: Model, keep_alive_s: float) -> None:

@@ -22,6 +22,7 @@ from llamarunner.runners.waiters import Waiters
 from llamarunner.units import format_duration
 
 LOADING = (RunnerState.STARTING, RunnerState.LOADING)
+LEAVING = (RunnerState.DRAINING, RunnerState.STOPPING)
 _NEWEST_WEIGHT = 0.3  # of the newest answer in the average time of one
 
 
@@ -119,6 +120,15 @@ class Place:
     @property
     def is_ready(self) -> bool:
         return self.runner is not None and self.runner.state is RunnerState.READY and not self.stopping
+
+    @property
+    def stays(self) -> bool:
+        """It has a runner that is not about to leave."""
+        return self.runner is not None and not self.stopping and self.runner.state not in LEAVING
+
+    def is_like(self, model: Model) -> bool:
+        """Its runner serves this model too."""
+        return self.base is not None and (self.base is model or self.base.is_launched_like(model))
 
     @property
     def is_loading(self) -> bool:

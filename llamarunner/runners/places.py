@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from llamarunner.catalog.catalog import Model
+from llamarunner.catalog.catalog import Catalog, Model
 from llamarunner.config.schema import SchedulerConfig
 from llamarunner.engines.engine import Engine
 from llamarunner.events import RunnerState
@@ -42,15 +42,24 @@ class Places:
         catalogue may have a newer model; a running engine keeps what it was started with."""
         settings = model.settings
         engines = [*[settings.engine] * settings.replicas, *settings.also_on]
-        group = self._groups[model.name] = model.runner_name
+        group = self._groups[model.name] = self._group_of(model)
         names = [group, *(f"{group}#{number}" for number in range(2, len(engines) + 1))]
         found = [self._at(name, model, engine) for name, engine in zip(names, engines, strict=True)]
         self._replicas[group] = found
         return found
 
+    def _group_of(self, model: Model) -> str:
+        """That of the runners which serve it. They may go by the name of a model that is not the first of its like any
+        more, or not there at all: what is made or deleted beside it loads nothing again."""
+        own = model.runner_name
+        for group in (own, *self._replicas):
+            if any(place.stays and place.is_like(model) for place in self._replicas.get(group, ())):
+                return group
+        return own
+
     def _at(self, name: str, model: Model, engine: str) -> Place:
         place = self._places.get(name)
-        if place is not None and (place.runner is not None or place.base is model):
+        if place is not None and (place.stays or place.base is model):
             return place
         settings = model.settings
         own = model
@@ -69,6 +78,24 @@ class Places:
         """Whether it stays once it is loaded, and by which of its tags."""
         staying = [tag for tag in model.settings.tags if tag in self._settings.always_stay]
         return model.settings.pin or bool(staying), next(iter(staying), "")
+
+    def adopt(self, catalog: Catalog) -> tuple[list[Place], list[Place]]:
+        """Runners whose model is gone, or has other files by now, go by the name of another that they serve. The places
+        of those that serve none: of a model that is gone, and of one that has other files."""
+        gone: list[Place] = []
+        changed: list[Place] = []
+        for place in self:
+            if not place.stays or place.launched is None or place.base is None:
+                continue
+            known = catalog.get(place.owner)
+            if known is not None and known.name == place.owner and known.has_files_of(place.base):
+                continue
+            if (heir := next((each for each in catalog if place.is_like(each)), None)) is not None:
+                place.launched = replace(place.launched, name=heir.name)
+                self._groups[heir.name] = place.group
+            else:
+                (gone if known is None else changed).append(place)
+        return gone, changed
 
     def replicas(self, name: str) -> list[Place]:
         """Of the model of this name, or of the one it shares its runners with; none where nobody ever asked for it."""

@@ -63,3 +63,60 @@ async def test_those_who_wait_for_one_runner_by_different_names_are_one_load(mak
     assert stage.spawns("base") == 1
     stage.manager.expire(pirate)
     await soon(lambda: stage.states("base")[-1] is RunnerState.STOPPED)
+
+
+async def test_a_model_made_beside_it_loads_nothing_again(make_stage: Any) -> None:
+    stage = make_stage()
+    base, pirate, _ = presets(stage.model("base"))
+    number = await use(stage, pirate)
+    newest = replace(base, name="aaa", runs_as="")
+    catalog = Catalog([newest, base, pirate])
+    stage.manager.adopt(catalog)
+    assert [await use(stage, model) for model in catalog] == [number] * 3
+    assert stage.spawns("base") == 1
+    assert stage.at("pirate").runner is not None
+
+
+async def test_a_runner_outlives_the_model_it_was_started_for(make_stage: Any) -> None:
+    stage = make_stage()
+    base, pirate, _ = presets(stage.model("base"))
+    number = await use(stage, base, keep_alive_s=500)
+    (left,) = catalog = Catalog([replace(pirate, runs_as="")])
+    stage.manager.adopt(catalog)
+    assert stage.at("base").runner is None
+    residence = stage.at(left.name)
+    assert residence.runner is not None
+    assert residence.keep_alive_s == 500
+    assert await use(stage, left) == number
+    stage.manager.adopt(Catalog([base, left]))
+    assert await use(stage, base) == number, "it is there again"
+    await stage.manager.unload(left)
+    assert stage.manager.pids == []
+
+
+async def test_what_a_model_leaves_behind_leaves_once_it_has_answered(make_stage: Any) -> None:
+    stage = make_stage()
+    model, hold = stage.model("a"), asyncio.Event()
+    holder = asyncio.create_task(use(stage, model, hold))
+    await soon(lambda: stage.at("a").in_flight)
+    stage.manager.adopt(Catalog())
+    assert stage.at("a").in_flight == 1
+    hold.set()
+    await holder
+    await soon(lambda: not stage.manager.pids)
+
+
+async def test_a_model_with_other_files_is_never_answered_by_the_old_ones(make_stage: Any) -> None:
+    stage = make_stage()
+    model, hold = stage.model("a"), asyncio.Event()
+    holder = asyncio.create_task(use(stage, model, hold))
+    await soon(lambda: stage.at("a").in_flight)
+    (remade,) = catalog = Catalog([replace(model, path=Path("/models/other.gguf"))])
+    stage.manager.adopt(catalog)
+    late = asyncio.create_task(use(stage, remade))
+    await soon(lambda: stage.at("a").queued)
+    hold.set()
+    assert await holder != await late
+    assert [launched.path.name for launched in stage.engines["a"].models] == ["a.gguf", "other.gguf"]
+    stage.manager.adopt(catalog)
+    assert stage.at("a").runner is not None
