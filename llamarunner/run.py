@@ -29,15 +29,15 @@ EXIT_OK, EXIT_NOTHING_SERVED = 0, 4
 
 def run(loaded: LoadedConfig, *, tui: bool) -> int:
     """Serve until told to stop; the exit code."""
-    with _new_runner() as runner:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         return runner.run(Program(loaded).main(tui=tui))
 
 
-def _new_runner() -> asyncio.Runner:
+def new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
     except ImportError:  # there is none for Windows
-        return asyncio.Runner()
+        return asyncio.new_event_loop()
 
     class Loop(uvloop.Loop):
         """Hands `eager_start` to no task factory that would not take it: uvloop always does, and Python's own eager
@@ -47,7 +47,7 @@ def _new_runner() -> asyncio.Runner:
             is_eager = factory is not None and factory is getattr(asyncio, "eager_task_factory", None)
             super().set_task_factory(_start_eagerly if is_eager else factory)
 
-    return asyncio.Runner(loop_factory=Loop)
+    return Loop()
 
 
 def _start_eagerly(

@@ -168,7 +168,7 @@ class Relay:
         """Whether another replica may answer, or the next runner where the one that was asked has just ended."""
         if not _gave_no_answer(error) or lease.name in tried:
             return False
-        if self.manager.no_answer(lease):
+        if self.manager.no_answer(lease, tried):
             logger.warning("%s gave no answer, another replica is asked: %s", lease.name, error)
             return True
         if isinstance(error, UnreachedError):

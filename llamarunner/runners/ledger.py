@@ -94,15 +94,9 @@ class Ledger:
 
     async def estimate(self, place: Place, engine: Engine | None, demand: Demand = NO_DEMAND) -> None:
         """Note in `place` what its model needs under `demand`. Where that cannot be told the engine decides."""
-        if engine is None:
+        if engine is None or self.knows(place, demand):
             return
         model = place.model
-        key = (place.group, model.settings.engine)
-        known = self._needs.get(key)
-        if known is None or known.model is not model or len(known.by_demand) >= _MOST_DEMANDS:
-            known = self._needs[key] = _Known(model)
-        if demand.key in known.by_demand:
-            return
         try:
             wanted = demand.applied(model)
             need, self._versions[engine.name] = await asyncio.to_thread(_estimate, wanted, engine)
@@ -111,8 +105,26 @@ class Ledger:
         except LlamaRunnerError as error:
             logger.debug("%s: what it needs cannot be told: %s", model.name, error)
             need = None
+        except Exception:
+            logger.exception("what %s needs could not be told, in an unforeseen way", model.name)
+            need = None
+        key = (place.group, model.settings.engine)
+        known = self._needs.get(key)
+        if known is None or not _is_alike(known.model, model):
+            known = self._needs[key] = _Known(model)
+        if len(known.by_demand) >= _MOST_DEMANDS:
+            del known.by_demand[next(iter(known.by_demand))]
         known.by_demand[demand.key] = need
         self._engines[engine.name] = engine
+
+    def knows(self, place: Place, demand: Demand) -> bool:
+        """Whether it was estimated for the model as it is now, be it that nobody could tell."""
+        known = self._needs.get((place.group, place.model.settings.engine))
+        return known is not None and demand.key in known.by_demand and _is_alike(known.model, place.model)
+
+    def forget(self, group: str) -> None:
+        """There is no such model any more."""
+        self._needs = {key: known for key, known in self._needs.items() if key[0] != group}
 
     def _is_tight(self, need: Need) -> bool:
         """Whether a better figure than ours could change where it goes; asking for one takes a second."""
@@ -238,6 +250,14 @@ def _spread(need: Need, placement: Placement) -> tuple[dict[str, int], dict[str,
     if rest := need.units - sum(split):
         layers[RAM] = rest
     return {RAM: allocation.ram, **dict(zip(placement.devices, allocation.gpus, strict=False))}, layers
+
+
+def _is_alike(one: Model, other: Model) -> bool:
+    """Whether both need the same: a newer catalogue has new models of the same files."""
+    if one is other:
+        return True
+    is_same_file = (one.size_bytes, one.modified_at) == (other.size_bytes, other.modified_at)
+    return is_same_file and one.is_launched_like(other) and one.details == other.details
 
 
 def _estimate(model: Model, engine: Engine) -> tuple[Need | None, str]:

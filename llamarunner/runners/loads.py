@@ -64,6 +64,7 @@ class Loads:
         self._ledger = ledger
         self._places = places
         self._tasks: set[asyncio.Task[None]] = set()
+        self._learning: set[str] = set()  # places whose next load is being estimated
         self.is_closing = False
 
     async def close(self) -> None:
@@ -81,10 +82,23 @@ class Loads:
 
     # -- up ----------------------------------------------------------------------------------------------------------
 
-    def start(self, place: Place, placement: Placement | None) -> None:
-        """Load the place's model as the first of its waiters demands, unless it failed a moment ago."""
+    def learn(self, place: Place, demand: Demand) -> None:
+        """Find out what a load that meets `demand` needs; that is worth deciding anew."""
+        if place.name not in self._learning:
+            self._learning.add(place.name)
+            self._own(self._estimate(place, demand), f"estimate {place.name}")
+
+    async def _estimate(self, place: Place, demand: Demand) -> None:
+        try:
+            await self._ledger.estimate(place, self._engines.get(place.model.settings.engine), demand)
+        finally:
+            self._learning.discard(place.name)
+        # not at once: an eager task may be here in the midst of a decision
+        asyncio.get_running_loop().call_soon(self._desk.on_room)
+
+    def start(self, place: Place, placement: Placement | None, demand: Demand) -> None:
+        """Load the place's model so that it meets `demand`, unless it failed a moment ago."""
         now = time.monotonic()
-        demand = place.waiters.leader(now).demand
         model = demand.applied(place.model)
         engine = self._engines.get(model.settings.engine)
         if place.failure is not None and (wait_s := place.restarts.wait_s(now)) > 0:
@@ -121,7 +135,7 @@ class Loads:
         try:
             await runner.start()
         except EngineError as error:
-            if not await self._made_room_after(place, error):
+            if not await self._made_room_after(place, runner, error):
                 self._give_up(place, runner, error)
         except LlamaRunnerError as error:  # its configuration asks for what its engine has not
             self._give_up(place, runner, EngineError(error.message, hint=error.hint))
@@ -138,7 +152,7 @@ class Loads:
             self._desk.on_ready(place)
         self._desk.on_room()
 
-    async def _made_room_after(self, place: Place, error: EngineError) -> bool:
+    async def _made_room_after(self, place: Place, runner: Runner, error: EngineError) -> bool:
         """Out of memory: unload every idle model, once, and let the load be tried again."""
         idle = [
             other
@@ -154,7 +168,8 @@ class Loads:
         for other in idle:
             self.stop(other, f"evicted for {place.name}, which ran out of memory")
         await asyncio.gather(*(runner.wait_ended() for runner in leaving))
-        place.runner = None
+        if place.runner is runner and not place.stopping:  # else whoever stops it tidies up
+            place.runner = None
         return True
 
     def _give_up(self, place: Place, runner: Runner, error: EngineError) -> None:

@@ -152,10 +152,6 @@ class RunnerManager:
         demand = self._within(demand, model)
         priority = _priority(model, trace)
         place = replicas.choose(places, demand, time.monotonic(), avoid)
-        if not place.can_serve_now(demand):
-            await self._ledger.estimate(place, self._engines.get(place.model.settings.engine), demand)
-            self._refuse_when_closing()
-            place = replicas.choose(places, demand, time.monotonic(), avoid)  # others came meanwhile
         if place.can_serve_now(demand) and place.runner is not None:
             self._count_lease(place, keep_alive_s, priority)
             return place, place.runner
@@ -175,7 +171,8 @@ class RunnerManager:
         try:
             return await granted
         except asyncio.CancelledError:
-            if self._places.forget(waiter):
+            if (left := self._places.forget(waiter)) is not None:
+                self._serve_waiters(left)  # it may have been the one that the others waited behind
                 self._reconsider()
             elif not granted.cancelled() and granted.exception() is None:
                 self._release(granted.result()[0], priority)
@@ -239,10 +236,11 @@ class RunnerManager:
             if place.is_loading:
                 waiter.trace.load_started = time.monotonic()
 
-    def no_answer(self, lease: Lease) -> bool:
-        """A request got none from the runner it was given; True where another replica may give it one."""
+    def no_answer(self, lease: Lease, tried: Collection[str] = ()) -> bool:
+        """A request got none from the runner it was given; True where a replica it has not `tried` may give it one."""
         replicas.strike(lease.place, time.monotonic())
-        return len(self._places.replicas(lease.place.group)) > 1
+        others = {place.name for place in self._places.replicas(lease.place.group)} - {lease.name}
+        return not others <= set(tried)
 
     # -- what became of a load (see `Desk`) --------------------------------------------------------------------------
 
@@ -264,13 +262,11 @@ class RunnerManager:
             others = [other for other in others if not replicas.is_ejected(other, now)]
             if others:
                 replicas.choose(others, waiter.demand, now).waiters.add(waiter)
-                self._loop.call_soon(self._reconsider)
             elif not waiter.granted.done():
                 waiter.granted.set_exception(error)
-        if place.waiters:
-            self._loop.call_soon(self._reconsider)
         for other in self._places.replicas(place.group):
             self._serve_waiters(other)
+        self._loop.call_soon(self._reconsider)
 
     def on_room(self) -> None:
         self._reconsider()
@@ -321,10 +317,7 @@ class RunnerManager:
     def adopt(self, catalog: Catalog) -> None:
         """The models there are now. Runners of those that are gone leave as soon as nobody uses them, unless they serve
         another as well; those of models with other files take no new requests."""
-        gone, changed = self._places.adopt(catalog)
-        for place in gone:
-            place.keep_alive_s = 0.0
-        for place in changed:
+        for place in self._places.adopt(catalog):
             if place.runner is not None:
                 place.runner.drain("its model has other files now")
         self._reconsider()
@@ -395,20 +388,21 @@ class RunnerManager:
             return
         for place in self._places:
             self._end_what_is_over(place)
-        decision = decide(self._places.facts())
+        facts = self._places.facts()
+        demands = {place.name: place.waiters.leader(facts.now).demand for place in self._places if place.waiters}
+        decision = decide(facts)
         for action in decision.actions:
             place = self._places[action.model]
             match action:
                 case Load(placement=placement):
-                    self._loads.start(place, placement)
+                    self._loads.start(place, placement, demands[place.name])
                 case Unload(reason=reason):
                     self._loads.stop(place, reason)
                 case Drain(reason=reason):
                     if place.runner is not None:
                         place.runner.drain(reason)
                 case Refuse() as refusal:
-                    demand = place.waiters.leader(time.monotonic()).demand if place.waiters else NO_DEMAND
-                    self._loads.fail(place, _as_error(refusal), demand)
+                    self._loads.fail(place, _as_error(refusal), demands[place.name])
         if self._wake is not None:
             self._wake.cancel()
         if math.isinf(decision.wake_at):
@@ -419,22 +413,20 @@ class RunnerManager:
 
     def _end_what_is_over(self, place: Place) -> None:
         """A runner that has answered all it had to, and one that does not do for who is next."""
-        runner = place.runner
+        runner, now = place.runner, time.monotonic()
+        demand = place.next_demand(now)
+        if demand is not None and not self._places.is_estimated(place, now):
+            self._loads.learn(place, demand)
+        elif demand is not None and runner is not None and place.is_ready:
+            if refusal := self._places.cannot_reload(place, demand):
+                self._loads.fail(place, _as_error(refusal), demand)
+                self._serve_waiters(place)
+            else:
+                runner.drain(f"loaded again for a request: {demand}")
+        if place.is_gone and place.is_empty:
+            self._places.remove(place)
         if runner is None or place.stopping:
             return
-        if (
-            place.is_ready
-            and place.waiters
-            and not place.meets((first := place.waiters.first(time.monotonic())).demand)
-        ):
-            if refusal := self._places.cannot_reload(place, first.demand):
-                place.waiters.remove(first)
-                if not first.granted.done():
-                    first.granted.set_exception(_as_error(refusal))
-                self._serve_waiters(place)
-                self._loop.call_soon(self._reconsider)
-            else:
-                runner.drain(f"loaded again for a request: {first.demand}")
         if runner.state is RunnerState.DRAINING and place.leases == 0:
             self._loads.stop(place, runner.reason)
 

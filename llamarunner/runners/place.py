@@ -99,6 +99,7 @@ class Place:
     answer_s: float | None = None  # average time a lease is held, the newest counting most
     strikes: int = 0  # requests in a row that got no answer from it
     ejected_until: float = 0.0  # other replicas are asked instead
+    is_gone: bool = False  # there is no such model any more: it leaves once nobody uses it
 
     def __post_init__(self) -> None:
         self.group = self.group or self.name
@@ -135,6 +136,19 @@ class Place:
         return self.runner is not None and self.runner.state in LOADING
 
     @property
+    def is_empty(self) -> bool:
+        return self.runner is None and not self.waiters and not self.leases
+
+    def next_demand(self, now: float) -> Demand | None:
+        """What its next load is to meet; None where none is to come, or one is under way."""
+        if not self.waiters or self.is_loading:
+            return None
+        if self.is_ready:
+            first = self.waiters.first(now).demand
+            return None if self.meets(first) else first
+        return self.waiters.leader(now).demand
+
+    @property
     def slots(self) -> int:
         """Requests it may answer side by side: as many as its engine does, or the configuration allows."""
         told = self.runner.slots if self.runner is not None else None
@@ -166,9 +180,9 @@ class Place:
             state=RunnerState.STOPPING if self.stopping else self.runner.state,
             leases=self.leases,
             waiters=len(self.waiters),
-            pinned=self.pinned,
+            pinned=self.pinned and not self.is_gone,
             idle_since=self.idle_since,
-            keep_alive_s=self.keep_alive_s,
+            keep_alive_s=0.0 if self.is_gone else self.keep_alive_s,
             held=held or {},
             is_local=self.is_local,
             ready_since=self.ready_since,

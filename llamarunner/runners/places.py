@@ -45,6 +45,8 @@ class Places:
         group = self._groups[model.name] = self._group_of(model)
         names = [group, *(f"{group}#{number}" for number in range(2, len(engines) + 1))]
         found = [self._at(name, model, engine) for name, engine in zip(names, engines, strict=True)]
+        for place in self._replicas.get(group, ()):
+            place.is_gone = place not in found
         self._replicas[group] = found
         return found
 
@@ -79,35 +81,50 @@ class Places:
         staying = [tag for tag in model.settings.tags if tag in self._settings.always_stay]
         return model.settings.pin or bool(staying), next(iter(staying), "")
 
-    def adopt(self, catalog: Catalog) -> tuple[list[Place], list[Place]]:
-        """Runners whose model is gone, or has other files by now, go by the name of another that they serve. The places
-        of those that serve none: of a model that is gone, and of one that has other files."""
-        gone: list[Place] = []
+    def adopt(self, catalog: Catalog) -> list[Place]:
+        """Runners whose model is gone, or has other files by now, go by the name of another that they serve. Those that
+        serve none any more are noted as gone; the places of models that have other files are returned."""
         changed: list[Place] = []
+        kept: set[str] = set()  # groups of runners that serve a model there is
         for place in self:
             if not place.stays or place.launched is None or place.base is None:
                 continue
             known = catalog.get(place.owner)
-            if known is not None and known.name == place.owner and known.has_files_of(place.base):
-                continue
-            if (heir := next((each for each in catalog if place.is_like(each)), None)) is not None:
+            is_known = known is not None and known.name == place.owner
+            if known is not None and is_known and known.has_files_of(place.base):
+                kept.add(place.group)
+            elif (heir := next((each for each in catalog if place.is_like(each)), None)) is not None:
                 place.launched = replace(place.launched, name=heir.name)
                 self._groups[heir.name] = place.group
-            else:
-                (gone if known is None else changed).append(place)
-        return gone, changed
+                kept.add(place.group)
+            elif known is not None:
+                changed.append(place)
+        kept |= {self._groups.get(model.name, model.runner_name) for model in catalog}
+        for place in self:
+            place.is_gone = place.group not in kept or place not in self._replicas.get(place.group, ())
+        return changed
+
+    def remove(self, place: Place) -> None:
+        """It is gone and empty."""
+        del self._places[place.name]
+        if left := [other for other in self._replicas.get(place.group, ()) if other is not place]:
+            self._replicas[place.group] = left
+            return
+        self._replicas.pop(place.group, None)
+        self._groups = {name: group for name, group in self._groups.items() if group != place.group}
+        self._ledger.forget(place.group)
 
     def replicas(self, name: str) -> list[Place]:
         """Of the model of this name, or of the one it shares its runners with; none where nobody ever asked for it."""
         return self._replicas.get(self._groups.get(name, name), [])
 
-    def forget(self, waiter: Waiter) -> bool:
-        """Whether it still waited."""
+    def forget(self, waiter: Waiter) -> Place | None:
+        """Where it still waited."""
         for place in self:
             if waiter in place.waiters:
                 place.waiters.remove(waiter)
-                return True
-        return False
+                return place
+        return None
 
     @property
     def waiting(self) -> int:
@@ -149,7 +166,8 @@ class Places:
     def facts(self) -> Facts:
         """For the scheduler."""
         settings, now = self._settings, time.monotonic()
-        waiting = sorted((p for p in self if p.waiters), key=lambda p: p.waiters.oldest().number)
+        asking = [place for place in self if place.waiters and self.is_estimated(place, now)]
+        waiting = sorted(asking, key=lambda place: place.waiters.oldest().number)
         return Facts(
             now=now,
             residents=[p.resident(self._ledger.held(p)) for p in self if p.runner is not None],
@@ -162,6 +180,11 @@ class Places:
             min_residency_s=settings.min_residency,
             yields=settings.yield_to_others,
         )
+
+    def is_estimated(self, place: Place, now: float) -> bool:
+        """Whether it is known what its next load needs: until then nothing is decided about it."""
+        demand, engine = place.next_demand(now), self._engines.get(place.model.settings.engine)
+        return demand is None or engine is None or self._ledger.knows(place, demand)
 
     def cannot_reload(self, place: Place, demand: Demand) -> Refuse | None:
         """Whether what is demanded fits nowhere: then the runner there is need not leave for it."""

@@ -13,17 +13,22 @@ EJECTED_S = 30.0
 
 
 def choose(places: Sequence[Place], demand: Demand, now: float, avoid: Collection[str] = ()) -> Place:
-    """The one with the fewest requests for its slots, of those that run or are being loaded and have a slot free; else
-    one that is not loaded yet; else the one with the shortest queue. A replica that failed a moment ago, or is in
-    `avoid`, is asked only where there is no other."""
+    """The one with the fewest requests for its slots, of those with a slot free: of those that run, or else of those
+    that are or will be loaded anyway; else one that is not loaded yet; else the one with the shortest queue. A replica
+    that failed a moment ago, or is in `avoid`, is asked only where there is no other."""
     if len(places) == 1:
         return places[0]
     sound = [place for place in places if place.name not in avoid and not is_ejected(place, now)]
     able = sound or [place for place in places if place.name not in avoid] or list(places)
-    alive = [place for place in able if place.is_loading or (place.is_ready and place.meets(demand))]
-    free = [place for place in alive if place.outstanding < place.slots]
     absent = [place for place in able if place.runner is None and not place.waiters]
-    return min(free or absent or alive or able, key=_load)
+    ready = [place for place in able if place.is_ready and place.meets(demand)]
+    coming = [place for place in able if place.is_loading or (place.runner is None and place.waiters)]
+    free = _free(ready) or _free(coming)
+    return min(free or absent or [*ready, *coming] or able, key=_load)
+
+
+def _free(places: Sequence[Place]) -> list[Place]:
+    return [place for place in places if place.outstanding < place.slots]
 
 
 def is_ejected(place: Place, now: float) -> bool:

@@ -4,14 +4,12 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import uvloop
-
-from llamarunner.run import choose_task_factory
+from llamarunner.run import choose_task_factory, new_loop
 
 
 def new_program_loop() -> asyncio.AbstractEventLoop:
     """The loop that the program runs on: its task factory is the eager one where Python has it."""
-    loop = uvloop.new_event_loop()
+    loop = new_loop()
     choose_task_factory(loop)
     return loop
 
@@ -20,5 +18,5 @@ def pytest_asyncio_loop_factories(config: Any, item: Any) -> Mapping[str, Callab
     """Life's tests run with lazy tasks as well; where Python has only those, once."""
     factories = {"program": new_program_loop}
     if hasattr(asyncio, "eager_task_factory") and item.path.name == "test_life.py":
-        factories["lazy"] = uvloop.new_event_loop
+        factories["lazy"] = new_loop
     return factories

@@ -134,3 +134,22 @@ def test_one_to_avoid_is_asked_where_there_is_no_other() -> None:
     one, other = place("m"), place("m#2")
     assert replicas.choose([one, other], NO_DEMAND, 0, ["m"]) is other
     assert replicas.choose([one, other], NO_DEMAND, 0, ["m", "m#2"]) is one
+
+
+async def test_nobody_waits_for_a_load_while_another_replica_has_a_slot_free(make_stage: Any) -> None:
+    stage = make_stage()
+    stage.model("b", load_s=60)
+    model = replicated(stage, "m", also_on=["b"])
+    hold = asyncio.Event()
+    holders = [asyncio.create_task(use(stage, model, hold)) for _ in range(2)]
+    await soon(lambda: stage.at("m").in_flight == 2)
+    leaver = asyncio.create_task(use(stage, model))
+    await soon(lambda: names(stage) == ["m", "m#2"])
+    leaver.cancel()
+    await asyncio.gather(leaver, return_exceptions=True)
+    holders.pop().cancel()
+    await soon(lambda: stage.at("m").in_flight == 1)
+    async with asyncio.timeout(5):
+        await use(stage, model)
+    hold.set()
+    await asyncio.gather(*holders)
