@@ -7,14 +7,15 @@ import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
+import orjson
 from aiohttp import web
 
-from llamarunner.catalog.catalog import Model
+from llamarunner.catalog.catalog import Catalog, Model
 from llamarunner.catalog.gguf import read_header, read_tensors
 from llamarunner.catalog.librarian import Librarian
 from llamarunner.config.schema import ClientContext
 from llamarunner.errors import LlamaRunnerError, ModelFileError, RequestError
-from llamarunner.proxies.dialect import json_response
+from llamarunner.proxies.dialect import JSON_TYPE, json_response
 from llamarunner.proxies.ollama import describe
 from llamarunner.proxies.ollama.answering import Answering
 from llamarunner.proxies.ollama.asking import Asking, read_fields
@@ -55,6 +56,8 @@ class OllamaDialect:
         self._openai = OllamaOpenAI(relay, self, asking)
         self._answering = Answering(relay, asking)
         self._embedding = Embedding(relay, asking)
+        self._tags_of: Catalog | None = None
+        self._tags_body = b""  # of /api/tags, for that catalogue
 
     def routes(self) -> list[web.RouteDef]:
         traced = self._relay.traced
@@ -100,7 +103,12 @@ class OllamaDialect:
         return json_response({"version": API_VERSION})
 
     async def _tags(self, _request: web.Request) -> web.Response:
-        return json_response(describe.tags(self._relay.catalog))
+        """Made once for each catalogue, in a thread: thousands of models take a while, and clients ask often."""
+        catalog, body = self._relay.catalog, self._tags_body
+        if catalog is not self._tags_of:
+            body = await asyncio.to_thread(lambda: orjson.dumps(describe.tags(catalog)))
+            self._tags_of, self._tags_body = catalog, body
+        return web.Response(body=body, headers={"Content-Type": JSON_TYPE})
 
     async def _ps(self, _request: web.Request) -> web.Response:
         manager = self._relay.manager
