@@ -40,7 +40,8 @@ def plan_room(
     """Who must leave for `need`: nobody if it fits, else those first in order, and none whose leaving is not needed.
 
     A whole model on GPUs goes before a partial one: only where not even the leaving of those that answer now would make
-    it whole is it offloaded in part, as far as those that may leave make possible."""
+    it whole is it offloaded in part, as far as those that may leave make possible. What would fit but for those that
+    answer now is refused with them as blockers."""
     in_order = sorted(holders, key=lambda holder: holder.order)
     going = [holder for holder in in_order if holder.evictable and not holder.pinned]
     later = [holder for holder in in_order if not holder.pinned]
@@ -77,17 +78,23 @@ def plan_room(
                 leaving, found = fewer, again
         return Room(tuple(holder.name for holder in leaving), found)
 
+    def in_the_way(how: Partial) -> tuple[str, ...]:
+        """Who answers now, and would have to leave."""
+        waiting = least(later, how, None) if len(later) > len(going) else None
+        evict = waiting.evict if waiting is not None else ()
+        return tuple(holder.name for holder in later if holder.name in evict and not holder.evictable)
+
     if room := least(going, "refuse", None):
         return room
     refused = attempt(going, "refuse")
     assert isinstance(refused, Refusal)
-    if len(later) > len(going) and (waiting := least(later, "refuse", None)):
-        blockers = tuple(holder.name for holder in later if holder.name in waiting.evict and not holder.evictable)
+    if blockers := in_the_way("refuse"):
         return replace(refused, blockers=blockers)
     if partial == "offload":
         best = attempt(going, "offload")
         if isinstance(best, Placement):
             return least(going, "offload", best.gpu_layers or 0) or Room(tuple(h.name for h in going), best)
+        return replace(refused, blockers=in_the_way("offload"))
     return refused
 
 

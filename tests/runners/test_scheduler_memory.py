@@ -165,3 +165,14 @@ def test_a_small_model_behind_many_that_wait_for_room_takes_what_is_free() -> No
     assert found == {"small": {RAM: GIB}}
     two = [Waiting("small", 98, need("small", 2)), Waiting("smaller", 99, need("smaller", 2))]
     assert loads(actions([busy], [*blocked, *two], [ram(10)])) == {"small": {RAM: 2 * GIB}}
+
+
+def test_a_model_that_lies_partly_in_ram_waits_for_one_that_answers() -> None:
+    """It would fit but for that: no reason to refuse it."""
+    devices = [gpu(0, 4), ram(5)]
+    busy = resident("busy", 3, device="gpu0", leases=1)
+    waiting = Waiting("a", 98, need("a", 8))
+    assert actions([busy], [waiting], devices) == []
+    (drain,) = actions([busy], [replace(waiting, since=10)], devices)
+    assert isinstance(drain, Drain)
+    assert set(loads(actions([], [waiting], devices))["a"]) == {"gpu0", RAM}
