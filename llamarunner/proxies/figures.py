@@ -8,6 +8,8 @@ from llamarunner.errors import EngineRefusalError, LlamaRunnerError
 from llamarunner.events import RequestTrace
 from llamarunner.proxies.body import QuotingError
 
+_MOST = 2**53  # what JSON's numbers hold exactly
+
 
 def loggable(error: LlamaRunnerError) -> str:
     """What may be kept of `error`: an engine quotes what it refuses, and that may be the prompt."""
@@ -20,13 +22,23 @@ def loggable(error: LlamaRunnerError) -> str:
             return str(error)
 
 
+def numbers(figures: object) -> dict[str, Any]:
+    """Of the figures that an engine sends those which are any; servers elsewhere send all sorts."""
+    if not isinstance(figures, dict):
+        return {}
+    return {
+        name: value
+        for name, value in figures.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
+    }
+
+
 def note_figures(trace: RequestTrace, answer: dict[str, Any]) -> None:
     """Tokens and rates of a whole answer, or of a stream's event that carries them."""
     for part in (answer, answer.get("response"), answer.get("message")):
-        if isinstance(part, dict) and isinstance(part.get("usage"), dict):
-            _note_usage(trace, part["usage"])
-    timings = answer.get("timings")
-    if isinstance(timings, dict):
+        if isinstance(part, dict) and (usage := numbers(part.get("usage"))):
+            _note_usage(trace, usage)
+    if timings := numbers(answer.get("timings")):
         cached = timings.get("cache_n") or 0
         trace.prompt_tokens = cached + (timings.get("prompt_n") or 0)
         trace.cached_tokens = cached

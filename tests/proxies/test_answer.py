@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from itertools import pairwise
+from typing import Any
 
 import orjson
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamarunner.errors import EngineError, EngineGoneError, EngineRefusalError, LlamaRunnerError
+from llamarunner.events import RequestTrace
+from llamarunner.proxies.figures import note_figures
 from llamarunner.proxies.ollama.answer import Answer, bare_reply, timestamp
 from llamarunner.proxies.sse import EventSplitter
 
@@ -97,6 +101,42 @@ def test_the_whole_is_the_sum_of_its_lines(chat: bool) -> None:
     assert part["content" if chat else "response"] == "".join(WORDS)
     assert part["thinking"] == "Hm"
     assert whole["context"] == [1, 2]
+
+
+WORDS_OF_EVENTS = [
+    "choices", "delta", "message", "content", "reasoning_content", "tool_calls", "index", "id", "function", "name",
+    "arguments", "finish_reason", "logprobs", "token", "top_logprobs", "timings", "usage", "predicted_n", "prompt_ms",
+    "cache_n", "prompt_tokens", "stop", "stop_type", "completion_probabilities",
+]  # fmt: skip
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 2**62)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS_OF_EVENTS), inner, max_size=5),
+    max_leaves=20,
+)
+CHOICE = st.fixed_dictionaries({"delta": ANYTHING, "message": ANYTHING, "logprobs": ANYTHING})
+EVENTS = st.fixed_dictionaries(
+    {"choices": st.lists(CHOICE, max_size=2) | ANYTHING},
+    optional={"timings": ANYTHING, "usage": ANYTHING, "content": ANYTHING, "completion_probabilities": ANYTHING},
+)
+
+
+@given(st.lists(EVENTS, max_size=4), st.booleans(), st.booleans())
+def test_whatever_an_engine_sends_is_a_line_or_its_fault(events: list[dict[str, Any]], chat: bool, whole: bool) -> None:
+    answer = new_answer(chat=chat)
+    with contextlib.suppress(LlamaRunnerError):
+        for event in [*events, orjson.loads(END)]:
+            lines = answer.feed_whole(event) if whole else answer.feed(orjson.dumps(event))
+            for record in map(json.loads, lines.split(b"\n")[:-1]):
+                assert isinstance(record["message"]["content"] if chat else record["response"], str)
+        final, trace = answer.final(), RequestTrace("ollama", "/api/chat", "")
+        answer.whole()
+        note_figures(trace, {"timings": answer.timings, "usage": answer.usage, "response": events})
+        figures = ("prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration")
+        assert all(isinstance(final.get(name, 0), int | float) and final.get(name, 0) >= 0 for name in figures)
 
 
 STREAM = b": ping\r\n\r\n" + b"".join(

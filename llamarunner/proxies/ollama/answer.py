@@ -12,7 +12,10 @@ from typing import Any
 import orjson
 
 from llamarunner.errors import EngineError, EngineGoneError, EngineRefusalError, LlamaRunnerError
+from llamarunner.proxies.figures import numbers
 from llamarunner.proxies.sse import DONE
+
+_STRANGE = "the engine sent an event of a form that nobody knows"
 
 
 def timestamp(at_ns: int) -> str:
@@ -79,24 +82,35 @@ class Answer:
             raise EngineGoneError(f"the engine sent an event that is not JSON: {error}") from None
         if not isinstance(event, dict):
             raise EngineGoneError("the engine sent an event that is not an object")
-        return self._event(event)
+        return self._understood(event)
 
     def feed_whole(self, answer: Mapping[str, Any]) -> bytes:
         """The lines that an answer which was not streamed becomes. Raises as `feed` does."""
         choices = answer.get("choices")
         if not isinstance(choices, list) or not choices:
-            return self._event(answer)
-        message = choices[0].get("message") or {}
-        calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls") or ())]
-        return self._event({**answer, "choices": [{**choices[0], "delta": {**message, "tool_calls": calls}}]})
+            return self._understood(answer)
+        try:
+            message = choices[0].get("message") or {}
+            calls = [{"index": index, **call} for index, call in enumerate(message.get("tool_calls") or ())]
+            event = {**answer, "choices": [{**choices[0], "delta": {**message, "tool_calls": calls}}]}
+        except (AttributeError, TypeError) as error:
+            raise EngineError(_STRANGE) from error
+        return self._understood(event)
+
+    def _understood(self, event: Mapping[str, Any]) -> bytes:
+        """Servers elsewhere may call anything an event, and its parts are looked at only where they are used."""
+        try:
+            return self._event(event)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise EngineError(_STRANGE) from error
 
     def _event(self, event: Mapping[str, Any]) -> bytes:
         if "error" in event:
             raise _stream_error(event["error"])
         if timings := event.get("timings"):
-            self.timings = timings
+            self.timings = numbers(timings)
         if usage := event.get("usage"):
-            self.usage = usage
+            self.usage = numbers(usage)
         choices = event.get("choices")
         if choices is None:
             return self._completion_event(event)
@@ -120,7 +134,9 @@ class Answer:
             self.finish_reason = "length" if event.get("stop_type") == "limit" else "stop"
         return self._piece(event.get("content") or "", "", event.get("completion_probabilities") or [])
 
-    def _piece(self, content: str, thinking: str, logprobs: list[Any]) -> bytes:
+    def _piece(self, content: Any, thinking: Any, logprobs: list[Any]) -> bytes:
+        if not (isinstance(content, str) and isinstance(thinking, str)):
+            raise EngineError(_STRANGE)
         if not thinking and not logprobs:
             return self._plain(content) if content else b""
         record = self._head()
@@ -155,7 +171,7 @@ class Answer:
 
     def _gather_call(self, fragment: Mapping[str, Any]) -> None:
         """Names and arguments come in pieces; clients want each call whole."""
-        call = self._calls.setdefault(fragment.get("index", 0), {"id": "", "name": "", "arguments": ""})
+        call = self._calls.setdefault(fragment.get("index") or 0, {"id": "", "name": "", "arguments": ""})
         function = fragment.get("function") or {}
         call["id"] = fragment.get("id") or call["id"]
         call["name"] += function.get("name") or ""
