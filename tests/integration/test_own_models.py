@@ -264,6 +264,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing(http: aiohttp.ClientSess
         ({"model": "x", "files": {"m": digest_of(TEXT)}}, 400, "not a GGUF"),
         ({"model": "x", "files": []}, 400, "of type map[string]"),
         ({"model": "x", "from": SMOL, "parameters": "hot"}, 400, "of type map[string]interface {}"),
+        ({"model": "x", "from": SMOL, "parameters": {"stop": "x"}}, 400, 'option "stop" must be of type array'),
         ({"model": "x", "from": SMOL, "license": [1]}, 400, "license must be"),
         ({"model": "x", "from": SMOL, "messages": [{"content": "x"}]}, 400, "a message needs a role"),
         ({"model": SMOL, "from": SMOL}, 400, "take [models.smol] out of config.toml"),

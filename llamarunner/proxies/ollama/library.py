@@ -19,7 +19,9 @@ from llamarunner.events import RequestTrace
 from llamarunner.proxies.dialect import Dialect, json_response
 from llamarunner.proxies.ollama.answer import line
 from llamarunner.proxies.ollama.asking import read_fields
+from llamarunner.proxies.ollama.errors import OptionError
 from llamarunner.proxies.ollama.lines import LineStream
+from llamarunner.proxies.ollama.options import effective
 from llamarunner.proxies.proxy import route
 from llamarunner.proxies.relay import Relay
 
@@ -143,12 +145,21 @@ def recipe_of(body: Mapping[str, Any]) -> Recipe:
     return Recipe(
         files=_digests(body, "files"),
         adapters=_digests(body, "adapters"),
-        parameters={key: value for key, value in body.get("parameters", {}).items() if value is not None},
+        parameters=_parameters(body.get("parameters", {})),
         system=body.get("system") or None,
         template=body.get("template") or None,
         messages=tuple(body["messages"]) if body.get("messages") else None,
         licenses=tuple(_texts([licenses] if isinstance(licenses, str) else licenses)),
     )
+
+
+def _parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Each of its type: a model with one of another would refuse every question."""
+    try:
+        effective(given, {})
+    except OptionError as error:
+        raise RequestError(error.message) from None  # 500 is for a request's own options
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _digests(body: Mapping[str, Any], field: str) -> dict[str, str]:
