@@ -38,23 +38,21 @@ def new_loop() -> asyncio.AbstractEventLoop:
         import uvloop
     except ImportError:  # there is none for Windows
         return asyncio.new_event_loop()
+    eager: Any = getattr(asyncio, "eager_task_factory", None)
+    if eager is None:
+        return uvloop.new_event_loop()
 
     class Loop(uvloop.Loop):
-        """Hands `eager_start` to no task factory that would not take it: uvloop always does, and Python's own eager
-        factory, which Textual sets too, takes it only in later releases of 3.13."""
+        """Does as Python's own eager factory says where that is set. From Python 3.13 on uvloop hands each factory an
+        `eager_start`, which that one does not take in early releases, and in later ones takes for a no."""
 
-        def set_task_factory(self, factory: Any) -> None:
-            is_eager = factory is not None and factory is getattr(asyncio, "eager_task_factory", None)
-            super().set_task_factory(_start_eagerly if is_eager else factory)
+        def create_task(self, coro: Any, **more: Any) -> asyncio.Task[Any]:
+            if self.get_task_factory() is not eager:
+                return super().create_task(coro, **more)
+            more["eager_start"] = more.get("eager_start") is not False
+            return asyncio.Task(coro, loop=self, **more)
 
     return Loop()
-
-
-def _start_eagerly(
-    loop: asyncio.AbstractEventLoop, coro: Any, *, eager_start: bool | None = None, **kwargs: Any
-) -> asyncio.Task[Any]:
-    kwargs["eager_start"] = eager_start is not False
-    return asyncio.Task(coro, loop=loop, **kwargs)
 
 
 def choose_task_factory(loop: asyncio.AbstractEventLoop) -> None:

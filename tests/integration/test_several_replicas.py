@@ -1,17 +1,21 @@
-"""One model on several servers: through the whole service."""
+"""One model on several servers or engines: through the whole service."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import httpx
 from serving import Script, Serving, scripted_config, serve
 
 CHAT = {"model": "far", "messages": [{"role": "user", "content": "hi"}]}
+LOCAL = {"model": "smol", "messages": [{"role": "user", "content": "Hi"}], "stream": False}
+BUSY = {"http_error": {"status": 503, "body": {"error": {"message": "busy", "code": 503}}}}
 
 
 @dataclass
@@ -82,3 +86,35 @@ async def test_an_answer_that_breaks_off_is_not_asked_for_again(tmp_path: Path) 
         assert answer.status_code == 200
         assert '"error"' in text
         assert sum(all_.asked()) == 1
+
+
+async def test_each_replica_is_asked_once_at_most(run_service: Callable[..., Any]) -> None:
+    async with (
+        run_service({"smol": {"replicas": 3}}) as serving,
+        aiohttp.ClientSession(serving.ollama) as session,
+    ):
+        serving.script.set(**BUSY)
+        async with session.post("/api/chat", json=LOCAL) as answer:
+            assert answer.status == 503
+        assert len(serving.script.requests()) == 3
+        assert sorted(serving.starts) == ["smol", "smol#2", "smol#3"]
+        (trace,) = serving.finished
+        assert trace.status == 503
+        serving.script.set()
+        async with session.post("/api/chat", json=LOCAL) as answer:
+            assert answer.status == 200
+        assert len(serving.script.requests()) == 1
+
+
+async def test_the_replica_that_answers_is_the_one_whose_times_are_told(run_service: Callable[..., Any]) -> None:
+    async with (
+        run_service({"smol": {"replicas": 2}}) as serving,
+        aiohttp.ClientSession(serving.ollama) as session,
+    ):
+        serving.script.set(exit={"at": "prompt", "code": 1})
+        async with session.post("/api/chat", json=LOCAL) as answer:
+            assert answer.status in (500, 502, 503)
+        (trace,) = serving.finished
+        assert trace.load_started is not None
+        assert trace.granted is not None
+        assert trace.started <= trace.load_started <= trace.granted <= trace.finished
