@@ -216,7 +216,8 @@ class SchedulerConfig(Section):
     max_wait: Duration = 60.0
     """After waiting this long for room, a request closes a busy model to new ones, so that its own turn comes."""
     min_residency: Duration = 5.0
-    """A model just loaded does not make room for another this soon, unless nobody asked it for a fifth of that time."""
+    """A model just loaded does not make room for another this soon, unless nobody asked it for a fifth of that time;
+    nor is it loaded again for options that contradict those it was loaded for."""
     never_together: list[str] = []
     """Tags: of the models that have one of these, only one is loaded at a time."""
     always_stay: list[str] = []

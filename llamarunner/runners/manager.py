@@ -224,7 +224,11 @@ class RunnerManager:
             while place.runner and place.is_ready and other.waiters and place.leases < place.slots:
                 waiter = other.waiters.first(now)
                 if not place.meets(waiter.demand):
-                    break
+                    kept = other is place and self._kept_until(place, now) > now
+                    met = [each for each in other.waiters.in_turn(now) if kept and place.meets(each.demand)]
+                    if not met:
+                        break
+                    waiter = met[0]
                 other.waiters.remove(waiter)
                 if not waiter.granted.done():
                     self._count_lease(place, waiter.keep_alive_s, waiter.priority)
@@ -386,8 +390,7 @@ class RunnerManager:
         """Ask the scheduler, do what it says, and set the alarm for when to ask again."""
         if self._closing:
             return
-        for place in self._places:
-            self._end_what_is_over(place)
+        look_again = min([self._end_what_is_over(place) for place in self._places], default=math.inf)
         facts = self._places.facts()
         demands = {place.name: place.waiters.leader(facts.now).demand for place in self._places if place.waiters}
         decision = decide(facts)
@@ -405,14 +408,16 @@ class RunnerManager:
                     self._loads.fail(place, _as_error(refusal), demands[place.name])
         if self._wake is not None:
             self._wake.cancel()
-        if math.isinf(decision.wake_at):
+        wake_at = min(decision.wake_at, look_again)
+        if math.isinf(wake_at):
             self._wake = None
         else:
-            delay = max(0.0, decision.wake_at - time.monotonic()) + _TIMER_SLACK_S
+            delay = max(0.0, wake_at - time.monotonic()) + _TIMER_SLACK_S
             self._wake = self._loop.call_later(delay, self._reconsider)
 
-    def _end_what_is_over(self, place: Place) -> None:
-        """A runner that has answered all it had to, and one that does not do for who is next."""
+    def _end_what_is_over(self, place: Place) -> float:
+        """A runner that has answered all it had to, and one that does not do for who is next. When to look again, if
+        nothing else happens."""
         runner, now = place.runner, time.monotonic()
         demand = place.next_demand(now)
         if demand is not None and not self._places.is_estimated(place, now):
@@ -421,14 +426,21 @@ class RunnerManager:
             if refusal := self._places.cannot_reload(place, demand):
                 self._loads.fail(place, _as_error(refusal), demand)
                 self._serve_waiters(place)
+            elif (until := self._kept_until(place, now)) > now:
+                self._serve_waiters(place)
+                return until
             else:
                 runner.drain(f"loaded again for a request: {demand}")
         if place.is_gone and place.is_empty:
             self._places.remove(place)
-        if runner is None or place.stopping:
-            return
-        if runner.state is RunnerState.DRAINING and place.leases == 0:
+        if runner is not None and not place.stopping and runner.state is RunnerState.DRAINING and place.leases == 0:
             self._loads.stop(place, runner.reason)
+        return math.inf
+
+    def _kept_until(self, place: Place, now: float) -> float:
+        first = place.waiters.first(now)
+        until = place.kept_from(first, now, self._settings.min_residency)
+        return min(until, first.since + place.waiters.patience_s)
 
 
 def _as_error(refusal: Refuse) -> EngineError:

@@ -18,7 +18,7 @@ from llamarunner.runners.memory import Need
 from llamarunner.runners.placement import Placement
 from llamarunner.runners.restarts import OPEN_AFTER, WINDOW_S, Restarts
 from llamarunner.runners.runner import Runner
-from llamarunner.runners.waiters import Waiters
+from llamarunner.runners.waiters import Waiter, Waiters
 from llamarunner.units import format_duration
 
 LOADING = (RunnerState.STARTING, RunnerState.LOADING)
@@ -161,6 +161,17 @@ class Place:
 
     def meets(self, demand: Demand) -> bool:
         return self.launched is not None and demand.is_met_by(self.launched)
+
+    def kept_from(self, first: Waiter, now: float, min_residency_s: float) -> float:
+        """Until when its runner is not loaded again for `first`, whom it does not do for: who takes turns with others
+        that want the opposite does not have it loaded again with every request. `now` or earlier where it may be."""
+        is_patient = now - first.since < self.waiters.patience_s and first.priority <= max(self.holders, default=0)
+        undoes = not self.demanded.is_met_by(first.demand.applied(self.model))
+        if not undoes or not is_patient or self.ready_since is None:
+            return -math.inf
+        if self.idle_since is None:
+            return self.ready_since + min_residency_s
+        return protected_until(self.resident(), min_residency_s)
 
     def kept_alive(self, asked_s: float) -> float:
         """What a client asks, within what the configuration allows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -146,3 +147,31 @@ async def test_who_waits_behind_one_that_leaves_is_served(make_stage: Any) -> No
     with pytest.raises(asyncio.CancelledError):
         await first
     assert stage.spawns("a") == 1
+
+
+async def test_two_clients_that_want_opposite_contexts_take_turns_and_not_a_load_each(make_stage: Any) -> None:
+    stage = make_stage(ram(10), min_residency=0.6, max_wait=30)
+    model = stage.model("a", 1)
+    served = [0, 0]
+    end = time.monotonic() + 2.5
+
+    async def client(number: int, context: int) -> None:
+        while time.monotonic() < end:
+            async with stage.manager.acquire(model, demand=Demand(context=context, exact=True)):
+                served[number] += 1
+                await asyncio.sleep(0.01)
+
+    await asyncio.gather(client(0, 256), client(1, 128))
+    assert min(served) >= 10, served
+    assert 2 <= stage.spawns("a") <= 6, f"{stage.spawns('a')} loads"
+
+
+async def test_who_alone_wants_something_else_waits_for_no_residency_of_others(make_stage: Any) -> None:
+    """What it is loaded with before contradicts nobody."""
+    stage = make_stage(ram(10), min_residency=60)
+    model = stage.model("a", 1)
+    async with asyncio.timeout(10):
+        await use(stage, model)
+        await use(stage, model, demand=Demand(context=256, exact=True))
+        await use(stage, model)
+    assert stage.spawns("a") == 2
