@@ -366,6 +366,10 @@ class RunnerManager:
         """Whether it stays once it is loaded, and by which of its tags."""
         return self._places.pin_of(model)
 
+    def strays(self, catalog: Catalog) -> list[Model]:
+        """Models that `catalog` has no more, while their runners still answer."""
+        return self._places.strays(catalog)
+
     def devices(self) -> Sequence[Device]:
         """With what each is used for, by ours and by others; () where nothing is measured."""
         return self._places.devices()

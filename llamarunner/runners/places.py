@@ -139,6 +139,12 @@ class Places:
             return None
         return together([place.residence(now, self._ledger.shares(place), kept_s) for place in places])
 
+    def strays(self, catalog: Catalog) -> list[Model]:
+        """Models that are gone, and have a runner yet."""
+        names = {model.name for model in catalog}
+        running = {place.owner: place.launched for place in self if place.runner is not None}
+        return [model for name, model in running.items() if name not in names and model is not None]
+
     def devices(self) -> Sequence[Device]:
         held = [self._ledger.held(place) for place in self if place.runner is not None]
         return [device.holding(sum(each.get(device.id, 0) for each in held)) for device in self._ledger.devices()]

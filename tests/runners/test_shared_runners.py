@@ -101,9 +101,12 @@ async def test_what_a_model_leaves_behind_leaves_once_it_has_answered(make_stage
     await soon(lambda: stage.at("a").in_flight)
     stage.manager.adopt(Catalog())
     assert stage.at("a").in_flight == 1
+    assert [stray.name for stray in stage.manager.strays(Catalog())] == ["a"]
+    assert stage.manager.strays(Catalog([model])) == []
     hold.set()
     await holder
     await soon(lambda: not stage.manager.pids)
+    assert stage.manager.strays(Catalog()) == []
 
 
 async def test_a_model_with_other_files_is_never_answered_by_the_old_ones(make_stage: Any) -> None:

@@ -111,8 +111,9 @@ class OllamaDialect:
         return web.Response(body=body, headers={"Content-Type": JSON_TYPE})
 
     async def _ps(self, _request: web.Request) -> web.Response:
-        manager = self._relay.manager
-        residences = [(model, manager.residence(model.name)) for model in self._relay.catalog]
+        manager, catalog = self._relay.manager, self._relay.catalog
+        models = (*catalog, *manager.strays(catalog))
+        residences = [(model, manager.residence(model.name)) for model in models]
         known = [(model, residence) for model, residence in residences if residence is not None]
         return json_response(describe.running(known, self._memory(), datetime.now(UTC)))
 
