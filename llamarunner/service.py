@@ -233,7 +233,10 @@ class Service:
     async def _watch_folders(self) -> None:
         while True:
             await asyncio.sleep(_RESCAN_S)
-            await self._rescan()
+            try:
+                await self._rescan()
+            except Exception:  # of one look; without the next one no model would be found any more
+                logger.exception("the models on disk could not be looked for; trying again in %.0f s", _RESCAN_S)
 
     async def _rescan(self) -> None:
         """See what changed on the disk."""

@@ -13,6 +13,9 @@ from gguf_file import gguf_bytes, model_bytes, write_model
 from ollama_folder import add_model, blob
 from serving import scripted_config, serve, soon
 
+from llamarunner import service
+from llamarunner.catalog.catalog import Catalog
+
 ADAPTER = gguf_bytes({"general.architecture": "llama", "general.type": "adapter"})
 
 
@@ -71,3 +74,28 @@ async def test_a_model_put_into_any_place_is_there_within_five_seconds(home: Pat
         assert time.monotonic() - started < 6  # 5 s, and what a busy machine takes
         (user / "models/a/mine.gguf").unlink()
         await soon(lambda: names() == wanted - {"mine"}, within_s=8)
+
+
+async def test_one_look_that_fails_is_not_the_last(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service, "_RESCAN_S", 0.05)
+    folder = home / "user/models"
+    folder.mkdir(parents=True)
+    config, scripts = scripted_config(home)
+    config["discovery"] = {"folders": [str(folder)]}
+    async with serve(home / "own", config, scripts) as serving:
+        discovery = serving.service._discovery
+        look, failed = discovery.look, []
+
+        def look_or_fail() -> Catalog:
+            if not failed:
+                failed.append(True)
+                raise OSError("the disk is away")
+            return look()
+
+        monkeypatch.setattr(discovery, "look", look_or_fail)
+        await soon(lambda: failed)
+        write_model(folder / "new.gguf")
+        await soon(lambda: serving.service.catalog.get("new"))
+    assert "could not be looked for" in caplog.text

@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from running import ListLog, ScriptedEngine
 
 from llamarunner.catalog.catalog import Catalog, Model, ModelDetails, Weights
@@ -133,7 +133,7 @@ NAMES = [make().name for make in ALL]
 
 
 class History(RuleBasedStateMachine):
-    names = st.sampled_from(NAMES)
+    names = st.sampled_from([*NAMES, "a", "a", "c", "e"])
     demands = st.sampled_from([
         NO_DEMAND, NO_DEMAND, NO_DEMAND, Demand(context=1024), Demand(context=4096), Demand(context=60000),
         Demand(context=256, exact=True), Demand(context=512, exact=True), Demand(flags={"threads": 2}),
@@ -153,6 +153,7 @@ class History(RuleBasedStateMachine):
         self.problems: list[Mapping[str, Any]] = []
         self.loop.set_exception_handler(lambda _, context: self.problems.append(context))
         self.threads: list[asyncio.Future[None]] = []
+        self.threads_are_quick = False
         self.clients: list[Client] = []
         self.calls: list[asyncio.Task[Any]] = []
         self.catalog = Catalog(make() for make in ALL)
@@ -168,10 +169,17 @@ class History(RuleBasedStateMachine):
             ledger=Ledger(TenGiB(), Footprints(Path(os.devnull))),
         )  # fmt: skip
 
+    @initialize(threads_are_quick=st.booleans())
+    def configure(self, threads_are_quick: bool) -> None:
+        self.threads_are_quick = threads_are_quick
+
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        done = self.loop.create_future()
-        self.threads.append(done)
-        await done
+        if self.threads_are_quick:
+            await asyncio.sleep(0)
+        else:
+            done = self.loop.create_future()
+            self.threads.append(done)
+            await done
         return function(*args)
 
     def run(self, work: Any) -> Any:
@@ -240,7 +248,12 @@ class History(RuleBasedStateMachine):
     @precondition(lambda self: self.loading)
     @rule(number=st.integers(0, 5), cause=st.sampled_from([CauseKind.OUT_OF_MEMORY, "stalled"]))
     def load_fails(self, number: int, cause: str) -> None:
-        self.pick(number, self.loading).loading.set_exception(LoadError("it failed", cause=cause))
+        """Its process has ended by itself, or hangs."""
+        one = self.pick(number, self.loading)
+        if cause == CauseKind.OUT_OF_MEMORY:
+            one.ending = self.loop.create_future()
+            one.ending.set_result(None)
+        one.loading.set_exception(LoadError("it failed", cause=cause))
         self.turn()
 
     @rule(number=st.integers(0, 5), turns=st.booleans())
