@@ -94,6 +94,7 @@ class Place:
     need: Need | None = None  # of its runner, or of the last it had
     engine_kind: str = ""
     is_local: bool = True  # its engine runs on this machine
+    is_adjustable: bool = True  # its engine can be told what requests demand
     is_second_try: bool = False  # its load ran out of memory, and idle models were unloaded for it
     load_s: float | None = None  # of the newest load that succeeded, be it of an earlier run of the program
     answer_s: float | None = None  # average time a lease is held, the newest counting most
@@ -160,7 +161,7 @@ class Place:
         return self.is_ready and not self.waiters and self.leases < self.slots and self.meets(demand)
 
     def meets(self, demand: Demand) -> bool:
-        return self.launched is not None and demand.is_met_by(self.launched)
+        return self.launched is not None and (not self.is_adjustable or demand.is_met_by(self.launched))
 
     def kept_from(self, first: Waiter, now: float, min_residency_s: float) -> float:
         """Until when its runner is not loaded again for `first`, whom it does not do for: who takes turns with others

@@ -74,6 +74,7 @@ class Places:
         place.apart = frozenset(settings.tags) & frozenset(self._settings.never_together)
         if (runs_it := self._engines.get(engine)) is not None:
             place.engine_kind, place.is_local = runs_it.kind, runs_it.is_local
+            place.is_adjustable = runs_it.is_adjustable
         return place
 
     def pin_of(self, model: Model) -> tuple[bool, str]:

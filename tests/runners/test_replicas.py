@@ -16,7 +16,7 @@ from llamarunner.catalog.catalog import Model
 from llamarunner.config.schema import ModelSettings
 from llamarunner.errors import LoadError
 from llamarunner.runners import replicas
-from llamarunner.runners.demand import NO_DEMAND
+from llamarunner.runners.demand import NO_DEMAND, Demand
 from llamarunner.runners.place import Place
 from llamarunner.runners.waiters import Waiters
 
@@ -110,6 +110,21 @@ async def test_where_none_can_be_loaded_the_failure_is_told(make_stage: Any) -> 
             await use(stage, model)
     assert failed.value.exit_code in (3, 4)
     assert sorted(names(stage)) == ["m", "m#2"], "each was tried"
+
+
+async def test_a_replica_that_cannot_be_told_is_not_loaded_again_for_what_requests_want(make_stage: Any) -> None:
+    stage = make_stage()
+    stage.model("b")
+    model = replicated(stage, "m", also_on=["b"])
+    stage.engines["b"].is_adjustable = False
+    hold = asyncio.Event()
+    holders = [asyncio.create_task(use(stage, model, hold)) for _ in range(2)]
+    await soon(lambda: stage.at("m").in_flight == 2)
+    for threads in (2, 3, 2):
+        await use(stage, model, demand=Demand(flags={"threads": threads}))
+    assert names(stage) == ["m", "m#2"]
+    hold.set()
+    await asyncio.gather(*holders)
 
 
 def place(name: str, *, waiting: int = 0) -> Place:
