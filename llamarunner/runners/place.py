@@ -209,7 +209,7 @@ class Place:
             runner=self.runner,
             in_flight=self.leases,
             queued=len(self.waiters),
-            keep_alive_s=math.inf if self.pinned else self.keep_alive_s,
+            keep_alive_s=0.0 if self.is_gone else math.inf if self.pinned else self.keep_alive_s,
             idle_left_s=max(0.0, resident.expires - now) if resident is not None else None,
             failure=self.failure,
             failed_s=now - self.failed_at if self.failure else 0.0,

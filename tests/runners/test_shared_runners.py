@@ -102,6 +102,7 @@ async def test_what_a_model_leaves_behind_leaves_once_it_has_answered(make_stage
     stage.manager.adopt(Catalog())
     assert stage.at("a").in_flight == 1
     assert [stray.name for stray in stage.manager.strays(Catalog())] == ["a"]
+    assert stage.at("a").keep_alive_s == 0, "it is told to be leaving"
     assert stage.manager.strays(Catalog([model])) == []
     hold.set()
     await holder
