@@ -129,8 +129,12 @@ class Place:
         return self.runner is not None and not self.stopping and self.runner.state not in LEAVING
 
     def is_like(self, model: Model) -> bool:
-        """Its runner serves this model too."""
-        return self.base is not None and (self.base is model or self.base.is_launched_like(model))
+        """Its runner serves this model too. A table of the configuration is meant to run on its own: it takes none but
+        those that go by its name."""
+        if self.base is None or self.base is model:
+            return self.base is not None
+        may_share = model.source != "config" or self.group == model.name
+        return may_share and self.base.is_launched_like(model)
 
     @property
     def is_loading(self) -> bool:

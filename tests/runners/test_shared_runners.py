@@ -43,6 +43,15 @@ async def test_the_second_finds_the_first_ones_runner_loaded(make_stage: Any) ->
     assert stage.spawns("base") == 1
 
 
+async def test_tables_of_the_configuration_run_each_on_its_own(make_stage: Any) -> None:
+    stage = make_stage(max_loaded=1)
+    one = stage.model("one")
+    other = replace(one, name="other")
+    numbers = [await use(stage, model) for model in Catalog([one, other])]
+    assert len(set(numbers)) == 2
+    assert (stage.spawns("one"), stage.spawns("other")) == (1, 1)
+
+
 async def test_one_of_those_that_share_a_runner_is_shown_as_loaded(make_stage: Any) -> None:
     stage = make_stage()
     base, pirate, _ = presets(stage.model("base"))
@@ -67,7 +76,7 @@ async def test_those_who_wait_for_one_runner_by_different_names_are_one_load(mak
 
 async def test_a_model_made_beside_it_loads_nothing_again(make_stage: Any) -> None:
     stage = make_stage()
-    base, pirate, _ = presets(stage.model("base"))
+    base, pirate, _ = presets(replace(stage.model("base"), source="library"))
     number = await use(stage, pirate)
     newest = replace(base, name="aaa", runs_as="")
     catalog = Catalog([newest, base, pirate])
