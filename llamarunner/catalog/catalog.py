@@ -96,6 +96,7 @@ class Model:
     adapters: tuple[Path, ...] = ()  # LoRA files
     chat_template: str = ""  # llama.cpp's name for it, where the file brings none but its manifest one in Go
     manifest_digest: str = ""  # 64 hex digits: of the Ollama manifest it comes from
+    file_id: tuple[int, int] | None = None  # device and inode, links followed; None where nobody looked
     runs_as: str = ""  # the model whose runner serves it too, where they differ but in what requests say
 
     @property
@@ -108,8 +109,10 @@ class Model:
         return self.has_files_of(other) and launch(self) == launch(other)
 
     def has_files_of(self, other: Model) -> bool:
-        files = attrgetter("path", "mmproj", "adapters")
-        return files(self) == files(other)
+        """Whatever the paths, a link's or a file's. A path that stays is the same file to us: the numbers of some file
+        systems change by themselves."""
+        is_same = self.path == other.path or (self.file_id is not None and self.file_id == other.file_id)
+        return is_same and (self.mmproj, self.adapters) == (other.mmproj, other.adapters)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -154,6 +157,32 @@ def name_key(name: str) -> str:
     return name.strip().casefold().removesuffix(":latest").removeprefix("registry.ollama.ai/").removeprefix("library/")
 
 
+class _Runners:
+    """Which models are served by the runner of another. It goes by the name of one that brings nothing along of its
+    own, where there is such a one."""
+
+    def __init__(self, models: Iterable[Model]) -> None:
+        # of each file, by its path and by its number, those that are started differently
+        self._by_file: dict[Path | tuple[int, int], list[Model]] = {}
+        for model in sorted(models, key=lambda model: model.preset != Preset()):
+            if model.source == "config" or self._like(model) is None:
+                for key in self._keys(model):
+                    self._by_file.setdefault(key, []).append(model)
+
+    def shared_by(self, model: Model) -> Model:
+        """`model` with the name of the one whose runner serves it. A table of the configuration runs on its own."""
+        alike = None if model.source == "config" else self._like(model)
+        return model if alike is None or alike.name == model.name else replace(model, runs_as=alike.name)
+
+    def _like(self, model: Model) -> Model | None:
+        beside = (other for key in self._keys(model) for other in self._by_file.get(key, ()))
+        return next((other for other in beside if other.is_launched_like(model)), None)
+
+    @staticmethod
+    def _keys(model: Model) -> list[Path | tuple[int, int]]:
+        return [model.path] if model.file_id is None else [model.path, model.file_id]
+
+
 class Catalog:
     """Immutable; a change on disk or in the configuration makes a new one.
 
@@ -163,23 +192,16 @@ class Catalog:
     def __init__(self, models: Iterable[Model] = ()) -> None:
         self._models: dict[str, Model] = {}
         self._names: dict[str, Model] = {}
-        self._by_path: dict[Path, list[Model]] = {}  # of each file, those that are started differently
+        kept: dict[str, Model] = {}
         for model in models:
-            if name_key(model.name) in self._names:
-                continue
-            self._add(model)
+            kept.setdefault(name_key(model.name), model)
+        runners = _Runners(kept.values())
+        for key, model in kept.items():
+            model = runners.shared_by(model)
+            self._models[model.name] = self._names[key] = model
         for model in self._models.values():
             for alias in model.aliases:
                 self._names.setdefault(name_key(alias), model)
-
-    def _add(self, model: Model) -> None:
-        alike = next((m for m in self._by_path.get(model.path, ()) if m.is_launched_like(model)), None)
-        if alike is not None and model.source != "config":  # a table of its own is meant to run on its own
-            model = replace(model, runs_as=alike.name)
-        else:
-            self._by_path.setdefault(model.path, []).append(model)
-        self._models[model.name] = model
-        self._names[name_key(model.name)] = model
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())

@@ -96,6 +96,7 @@ class Discovery:
                     found = replace(found, aliases=(*found.aliases, *found.names[-1:]))
                 settings = config.models.get(found.origin, config.defaults)  # what was made of a model runs like it
                 models.append(discovered(names.take(found.names), found, settings, files))
+        models = [replace(model, file_id=self._identity(str(model.path))) for model in models]
         return _without_empty_promises(models)
 
     def _found(self, files: Files) -> Iterator[Found]:

@@ -377,3 +377,17 @@ async def test_smollm2_uploaded_made_a_preset_and_asked(tmp_path: Path, smollm2_
             await client.delete(name)
         assert list(serving.service.catalog) == []
         assert list((tmp_path / "data/models/blobs").iterdir()) == []
+
+
+async def test_a_preset_is_served_by_the_runner_of_the_file_it_was_made_of(
+    client: ollama.AsyncClient, serving: Serving
+) -> None:
+    await client.create("shared", from_="plain", system="Be brief.")
+    for name in ("plain", "shared", "plain"):
+        await client.chat(name, [{"role": "user", "content": "hi"}])
+    assert serving.starts.count("plain") == 1
+    assert "shared:latest" not in serving.starts
+    assert [model.model for model in (await client.ps()).models] == ["plain:latest"]
+    await client.delete("shared")
+    await client.chat("plain", [{"role": "user", "content": "hi"}])
+    assert serving.starts.count("plain") == 1, "who goes takes nothing along that another uses"

@@ -34,6 +34,15 @@ def test_those_that_are_started_alike_share_a_runner() -> None:
     assert [model.runner_name for model in Catalog([base, other, tuned, table])] == ["base", "other", "tuned", "table"]
 
 
+def test_a_link_to_a_file_is_the_file() -> None:
+    base = Model("base", Path("/models/a.gguf"), ModelSettings(), file_id=(1, 7))
+    pirate = replace(base, name="pirate", source="library", path=Path("/blobs/sha256-x"))
+    other = replace(pirate, name="other", file_id=(1, 8), path=Path("/blobs/sha256-y"))
+    assert [model.runner_name for model in Catalog([base, pirate, other])] == ["base", "base", "other"]
+    assert pirate.has_files_of(base)
+    assert base.has_files_of(replace(base, file_id=(1, 9))), "the same path stays the same file"
+
+
 async def test_the_second_finds_the_first_ones_runner_loaded(make_stage: Any) -> None:
     stage = make_stage()
     base, pirate, long = presets(stage.model("base"))
