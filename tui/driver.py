@@ -18,12 +18,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from textual import events
 from textual._parser import ParseError
 from textual._xterm_parser import XTermParser
 from textual.drivers.linux_driver import LinuxDriver
 from textual.message import Message
 
+from tui.paste import PasteLimit
 from tui.text import to_ascii
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _MAX_QUEUED_WRITES = 64
 _MAX_QUEUED_CHARACTERS = 256 * 1024  # ten full screens of 200x60
 _MAX_PENDING_INPUT = 100  # keys and mouse moves on their way to the app; more are a paste gone wrong
-_MAX_PASTE = 4096  # characters; no field here takes more, and a megabyte would hold the loop for half a second
 _LAST_WORDS_S = 0.2  # what a terminal gets to take the final sequences
 _INPUT_END_S = 0.5
 _ESCAPE_POLL_S = 0.1  # a lone escape byte is known to be the key only after a moment
@@ -266,7 +265,7 @@ class TerminalDriver(LinuxDriver):
             selector.register(self.fileno, selectors.EVENT_READ)
             selector.register(self._wake_reader, selectors.EVENT_READ)
             parser = XTermParser(self._debug)
-            decode = getincrementaldecoder("utf-8")("replace").decode
+            decode, limit = getincrementaldecoder("utf-8")("replace").decode, PasteLimit()
             timeout: float | None = None
             while not self.exit_event.is_set():
                 ready = [key.fd for key, _ in selector.select(timeout)]
@@ -277,8 +276,9 @@ class TerminalDriver(LinuxDriver):
                     if not data:
                         self._lost()
                         break
-                    for message in parser.feed(decode(data)):
-                        self.process_message(message)
+                    if text := limit.feed(decode(data)):  # to the parser an empty text is the end of all input
+                        for message in parser.feed(text):
+                            self.process_message(message)
                 for message in parser.tick():
                     self.process_message(message)
                 timeout = _ESCAPE_POLL_S if ready else None
@@ -298,11 +298,6 @@ class TerminalDriver(LinuxDriver):
         self._abandon()
         drop = getattr(self._app, "drop_screen", self._app.exit)
         self._post(drop)
-
-    def process_message(self, message: Message) -> None:
-        if isinstance(message, events.Paste) and len(message.text) > _MAX_PASTE:
-            message = events.Paste(message.text[:_MAX_PASTE])
-        super().process_message(message)
 
     def send_message(self, message: Message) -> None:
         """Pass a message to the app; while it has not taken earlier ones, new ones are dropped rather than piled up."""
