@@ -50,6 +50,7 @@ _LOG = re.compile(
     r"|(?:INFO|WARN|VERB|ERR|ERROR) \["
     r'|\{"(?:tid|timestamp|level|function)":'
     r"|terminate called|  what\(\): |\S*:\d+: GGML_|GGML_|CUDA error|Segmentation fault|Aborted|libc\+\+abi"
+    r"|parse: error parsing grammar: "  # not logged but printed, in the midst of what another thread quotes
     r"|--- starting .*: runner \d+, attempt \d+ ---$"
 )
 

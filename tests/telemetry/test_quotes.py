@@ -66,6 +66,15 @@ def test_a_malformed_grammar_is_left_out_and_nothing_else() -> None:
     ]
 
 
+def test_what_is_told_of_a_grammar_in_the_midst_of_another_quotation_is_seen() -> None:
+    """It is printed by one thread and the rest logged by another."""
+    lines = kept(
+        "D srv  operator(): http: streamed chunk: CANARY\nCANARY\nparse: error parsing grammar: CANARY\nCANARY"
+    )
+    assert "parse: error parsing grammar: … (left out: it quotes a request)" in lines
+    assert not [line for line in lines if "CANARY" in line]
+
+
 @pytest.mark.parametrize("text", [MALFORMED_GRAMMAR, OLD_GRAMMAR, MULTI_LINE_REQUEST, PARSED])
 def test_whole_recordings(text: str) -> None:
     lines = kept(text)
