@@ -88,6 +88,14 @@ class Header:
         return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
 
 
+# Most strings of a vocabulary have less than 32 bytes. So many of them in a row are stepped over in half the time by
+# one pattern with an alternative for each length; the usual lengths come first. It takes what it matched for good.
+_RUN = 128
+_SHORT = sorted(range(32), key=lambda length: abs(length - 7))
+_ONE_SHORT = b"|".join(re.escape(_U64.pack(length)) + b".{%d}" % length for length in _SHORT)
+_RUN_OF_SHORT = re.compile(b"(?:%s){%d}+" % (_ONE_SHORT, _RUN), re.DOTALL)
+
+
 class _Damaged(Exception):
     """What is wrong, without the file's name, and what would help."""
 
@@ -176,13 +184,14 @@ class _Cursor:
         unpack, left = _U64.unpack_from, count
         while left:
             self.need(8)
-            window, at, taken = self._window, self._at, 0
+            window, at = self._window, self._at
+            while left >= _RUN and (run := _RUN_OF_SHORT.match(window, at)):
+                at, left = run.end(), left - _RUN
             with suppress(struct.error, OverflowError):  # past the window's end, without asking for it each time
-                for taken in range(left):  # noqa: B007 it is asked afterwards
+                for _ in range(min(left, _RUN)):
                     at += 8 + unpack(window, at)[0]
-                taken = left
+                    left -= 1
             self._at = at
-            left -= taken
             self.check(0)
 
     def nest(self, count: int) -> None:

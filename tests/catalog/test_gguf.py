@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import random
 import struct
@@ -383,3 +384,14 @@ def test_numbers_of_the_wrong_type_are_not_believed(tmp_path: Path) -> None:
     path.write_bytes(gguf_bytes({"general.architecture": "llama", "llama.embedding_length": [1, 2]} | wrong))
     details = read_details(path)
     assert (details.context_length, details.block_count, details.embedding_length) == (0, 0, 0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 300)), max_size=12), st.sampled_from([b"", b"x" * 5000]))
+def test_lists_of_strings_are_stepped_over_to_their_very_end(runs: list[tuple[int, int]], long: bytes) -> None:
+    """Runs of equal lengths, short and longer ones, over the end of more than one window."""
+    texts = [b"\0" * length for length, count in runs for _ in range(count)] * 3 + [long]
+    data = b"".join(struct.pack("=Q", len(text)) + text for text in texts)
+    cursor = gguf._Cursor(io.BytesIO(data + b"end"), len(data) + 3)
+    cursor.skip_strings(len(texts))
+    assert cursor.offset == len(data)
+    assert cursor.take(3) == b"end"
