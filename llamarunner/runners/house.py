@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from llamarunner.errors import UnsupportedError
 from llamarunner.events import RunnerState
 from llamarunner.runners.facts import LEAVING, Action, Drain, Facts, Load, Refuse, Resident, Unload, Waiting
-from llamarunner.runners.placement import Device, Partial, Placement, Refusal, place
+from llamarunner.runners.placement import Device, Partial, Placement, Refusal, holding, place, summed
 from llamarunner.runners.room import Holder, plan_room, without
 from llamarunner.units import format_duration, format_size
 
@@ -28,10 +28,10 @@ class House:
         self._staying = [resident for resident in facts.residents if resident.model not in self._going]
         self._freed = [_freed(resident) for resident in facts.residents if resident.model in self._going]
         # what is taken now, and once those who leave have left and those it was promised to have come
-        self._now = self._then = _with_held(facts.devices, [resident.held for resident in facts.residents])
+        self._now = self._then = holding(facts.devices, summed(resident.held for resident in facts.residents))
         self._free_bytes = sum(device.free_bytes for device in self._now)
         local = [resident for resident in facts.residents if resident.is_local]
-        self._empty = _with_held(facts.devices, [resident.held for resident in facts.residents if resident.pinned])
+        self._empty = holding(facts.devices, summed(resident.held for resident in facts.residents if resident.pinned))
         self._places = facts.max_loaded - len(local) if facts.max_loaded else math.inf
         self._places_coming = sum(resident.model in self._going for resident in local)
 
@@ -95,7 +95,7 @@ class House:
     def _promise(self, waiting: Waiting, placement: Placement | None) -> None:
         """Theirs from now on, though it may take a while until it is free."""
         held = placement.bytes_by_device if placement is not None else {}
-        self._then = _with_held(self._then, [held])
+        self._then = holding(self._then, held)
         if held or waiting.apart:  # whoever comes after may wait for it to leave again
             coming = Resident(waiting.model, RunnerState.LOADING, waiters=1, held=held, apart=waiting.apart)
             self._staying.append(coming)
@@ -162,7 +162,7 @@ class House:
 
     def _give(self, waiting: Waiting, placement: Placement) -> None:
         self.actions.append(Load(waiting.model, placement))
-        self._now = _with_held(self._now, [placement.bytes_by_device])
+        self._now = holding(self._now, placement.bytes_by_device)
         self._free_bytes = sum(device.free_bytes for device in self._now)
 
     def _plan(self, waiting: Waiting) -> tuple[tuple[str, ...], Placement | None] | Refusal:
@@ -240,12 +240,6 @@ def _holder(resident: Resident, *, evictable: bool) -> Holder:
 
 def _freed(resident: Resident) -> Holder:
     return Holder(resident.model, resident.held, order=-math.inf)
-
-
-def _with_held(devices: Sequence[Device], held: Sequence[Mapping[str, int]]) -> tuple[Device, ...]:
-    return tuple(
-        device.holding(size) if (size := sum(each.get(device.id, 0) for each in held)) else device for device in devices
-    )
 
 
 def _fuller(now: Sequence[Device], then: Sequence[Device]) -> tuple[Device, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
@@ -139,6 +139,20 @@ def place(
 
 
 # -- what the configuration says -----------------------------------------------------------------------------------
+
+
+def holding(devices: Sequence[Device], sizes: Mapping[str, int]) -> tuple[Device, ...]:
+    """The devices with so many bytes more of ours on each, or less."""
+    return tuple(device.holding(sizes[device.id]) if sizes.get(device.id) else device for device in devices)
+
+
+def summed(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Bytes by device, of all of them together."""
+    total: dict[str, int] = {}
+    for sizes in several:
+        for device, size in sizes.items():
+            total[device] = total.get(device, 0) + size
+    return total
 
 
 def _counts_gpus(need: Need) -> bool:

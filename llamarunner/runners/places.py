@@ -16,7 +16,7 @@ from llamarunner.runners.house import House
 from llamarunner.runners.ledger import Ledger
 from llamarunner.runners.outlook import Outlook, outlooks
 from llamarunner.runners.place import Place, Residence, together
-from llamarunner.runners.placement import Device
+from llamarunner.runners.placement import Device, holding, summed
 from llamarunner.runners.waiters import Waiter, Waiters
 
 _RETRY_AFTER_S = 5.0  # told to clients that are turned away, where nothing better is known
@@ -147,8 +147,8 @@ class Places:
         return [model for name, model in running.items() if name not in names and model is not None]
 
     def devices(self) -> Sequence[Device]:
-        held = [self._ledger.held(place) for place in self if place.runner is not None]
-        return [device.holding(sum(each.get(device.id, 0) for each in held)) for device in self._ledger.devices()]
+        held = summed(self._ledger.held(place) for place in self if place.runner is not None)
+        return holding(self._ledger.devices(), held)
 
     def outlooks(self) -> Mapping[int, Outlook]:
         return outlooks(list(self), time.monotonic())

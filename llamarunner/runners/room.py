@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamarunner.runners.memory import Need
-from llamarunner.runners.placement import RAM, Device, Partial, Placement, Refusal, place
+from llamarunner.runners.placement import RAM, Device, Partial, Placement, Refusal, holding, place, summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,5 @@ def _is_as_good(found: Placement | Refusal, layers: int | None) -> bool:
 
 def without(devices: Sequence[Device], leaving: Iterable[Holder]) -> tuple[Device, ...]:
     """The devices once `leaving` have given back what they hold."""
-    held: dict[str, int] = {}
-    for holder in leaving:
-        for device_id, size in holder.bytes_by_device.items():
-            held[device_id] = held.get(device_id, 0) + size
-    return tuple(device.holding(-held[device.id]) if device.id in held else device for device in devices)
+    held = summed(holder.bytes_by_device for holder in leaving)
+    return holding(devices, {device: -size for device, size in held.items()})
